@@ -1,0 +1,43 @@
+"""Callback networking on gevent: engines, channels, timers; every connection in a greenlet of its own."""
+
+import logging
+
+from pants_green import engine
+from pants_green._lifecycle import CloseReason
+from pants_green.client import Client
+from pants_green.engine import Engine
+from pants_green.errors import (
+    ChannelClosed,
+    ChannelStateError,
+    InvalidAddressFormatError,
+    InvalidReadDelimiterError,
+    PantsError,
+    StreamBufferOverflow,
+    StreamConnectError,
+    WrongThreadError,
+)
+from pants_green.server import Connection, Server, StreamServer
+from pants_green.stream import Stream
+
+__all__ = [
+    "ChannelClosed",
+    "ChannelStateError",
+    "Client",
+    "CloseReason",
+    "Connection",
+    "Engine",
+    "InvalidAddressFormatError",
+    "InvalidReadDelimiterError",
+    "PantsError",
+    "Server",
+    "Stream",
+    "StreamBufferOverflow",
+    "StreamConnectError",
+    "StreamServer",
+    "WrongThreadError",
+    "engine",
+]
+
+__version__ = "0.1.0"
+
+logging.getLogger("pants_green").addHandler(logging.NullHandler())

@@ -1,0 +1,68 @@
+"""Lingering: the descriptor of a stream that has said everything and whose peer has not; no callback, no greenlet.
+
+Closing it at once would make the kernel answer the peer's next bytes with a reset, and a reset may destroy what the peer
+has not read yet. So what comes is read and thrown away until the peer is done, within limits.
+
+*Source*: RFC 9112 section 9.6; nginx' ``lingering_close``, whose limits these are.
+"""
+
+from typing import Any
+
+from pants_green._sockets import Ports
+from pants_green.engine import Engine
+
+__all__ = ["Linger"]
+
+#: Seconds without a byte from the peer after which it is let go.
+IDLE_LIMIT = 5.0
+
+#: Seconds after which it is let go in any case.
+TOTAL_LIMIT = 30.0
+
+#: Bytes that are thrown away at once before others get their turn.
+GULP = 256 * 1024
+
+
+class Linger:
+    """Reads and discards what a peer still sends, then closes the socket."""
+
+    __slots__ = ("_deadline", "_engine", "_heard", "_reader", "_recv", "_socket", "_timer")
+
+    def __init__(self, engine: Engine, socket: Any, ports: Ports) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._recv, _, self._reader, _ = ports
+        self._heard = engine._clock()
+        self._deadline = self._heard + TOTAL_LIMIT
+        self._timer = engine._in_hub_after(IDLE_LIMIT, self._check)
+        engine._lingering.add(self)
+        self._reader.start(self._discard)
+
+    def _discard(self) -> None:
+        """Hub: something came, or the peer is done."""
+        try:
+            data = self._recv(GULP)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._heard = self._engine._clock()
+        else:
+            self.close()
+
+    def _check(self) -> None:
+        """Hub: an idle limit may be over."""
+        now = self._engine._clock()
+        due = min(self._heard + IDLE_LIMIT, self._deadline)
+        if now >= due:
+            self.close()
+        else:
+            self._timer = self._engine._in_hub_after(due - now, self._check)
+
+    def close(self) -> None:
+        """Let the peer go now."""
+        self._timer.cancel()
+        self._reader.stop()
+        self._engine._lingering.discard(self)
+        self._socket.close()

@@ -1,0 +1,302 @@
+"""What every channel is: an engine, a socket, a lifecycle, and callbacks; the one place that calls user code.
+
+What a stream or a server does with them is in ``stream`` and ``server``.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Generic, TypeVar, overload
+
+from greenlet import getcurrent
+
+from pants_green._address import format_address
+from pants_green._lifecycle import CLOSED, NEW, CloseReason, Event, State
+from pants_green.engine import Engine, engine_for
+from pants_green.errors import ChannelClosed, ChannelStateError
+
+__all__ = ["Channel", "Setting"]
+
+T = TypeVar("T")
+
+#: Reasons of closing that are the peer's doing: a write() that comes too late for them is nobody's mistake.
+PEER_DOING = frozenset({CloseReason.PEER_ENDED, CloseReason.PEER_LEFT})
+
+#: What a greenlet is that has been asked for but does not run yet.
+STARTING: Any = object()
+
+
+class Setting(Generic[T]):
+    """An attribute with a default on the class, overridable in subclasses and on instances, checked wherever it is set.
+
+    Args:
+        default: the value where nothing else is set.
+        check: ``check(name, value)`` returns the value to keep, or raises an error that names the fix.
+    """
+
+    def __init__(self, default: T, check: Callable[[str, Any], T]) -> None:
+        self.check = check
+        self.default = default
+        self.name = "?"
+        self.slot = "?"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+        self.slot = "_" + name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> T: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> T:
+        if instance is None:
+            return self.default
+        value: T = getattr(instance, self.slot)
+        return value
+
+    def __set__(self, instance: object, value: Any) -> None:
+        setattr(instance, self.slot, self.check(f"{type(instance).__name__}.{self.name}", value))
+
+    def redefined(self, owner: type, value: Any) -> "Setting[T]":
+        """Return the setting that `owner`, a subclass that says ``name = value``, gets in its place."""
+        setting = type(self)(self.check(f"{owner.__name__}.{self.name}", value), self.check)
+        setting.__set_name__(owner, self.name)
+        return setting
+
+
+class Channel:
+    """The base of streams and servers. Not made by itself.
+
+    All callbacks of one channel run one at a time: a stream's in the greenlet of its connection, a server's in a
+    greenlet of their own. Any of them may block; the others' go on.
+    """
+
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_close_error",
+        "_close_reason",
+        "_context",
+        "_engine",
+        "_failing",
+        "_greenlet",
+        "_local",
+        "_posted",
+        "_socket",
+        "_state",
+        "_turn",
+    )
+
+    #: (state, event) -> state; what is missing is not allowed.
+    _moves: ClassVar[dict[tuple[State, Event], State]] = {}
+
+    #: The settings of this class by name.
+    _settings: ClassVar[dict[str, Setting[Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        settings = dict(cls._settings)
+        for name, value in vars(cls).items():
+            if isinstance(value, Setting):
+                settings[name] = value
+        for name, setting in settings.items():
+            # The nearest class that says anything, a mixin that is no channel included.
+            value = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+            if not isinstance(value, Setting):
+                value = setting.redefined(cls, value)
+                setattr(cls, name, value)
+            settings[name] = value
+        cls._settings = settings
+
+    def __init__(self, engine: Any = None) -> None:
+        self._engine: Engine = engine if type(engine) is Engine else engine_for(engine)
+        self._state = NEW
+        self._socket: Any = None
+        self._local: Any = None
+        self._context: Any = None
+        self._greenlet: Any = None
+        self._turn = 0
+        self._posted: list[tuple[str, tuple[Any, ...]]] = []
+        self._failing: str | None = None
+        self._close_reason: CloseReason | None = None
+        self._close_error: BaseException | None = None
+
+    # ---- what it is
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that this channel is on."""
+        return self._engine
+
+    @property
+    def socket(self) -> Any:
+        """The gevent socket; None before there is one and after it was closed."""
+        return self._socket
+
+    @property
+    def fileno(self) -> int | None:
+        """The descriptor of the socket; None before there is one and after it was closed."""
+        return None if self._socket is None else int(self._socket.fileno())
+
+    @property
+    def closed(self) -> bool:
+        """Whether the channel is closed. It never opens again."""
+        return self._state is CLOSED
+
+    @property
+    def close_reason(self) -> CloseReason | None:
+        """Why the channel closes or closed; its text is fit for a log line. None while it does not."""
+        return self._close_reason
+
+    @property
+    def close_error(self) -> BaseException | None:
+        """The exception behind `close_reason`, where there is one."""
+        return self._close_error
+
+    @property
+    def local_address(self) -> Any:
+        """This end's address, ``(host, port)`` or with four elements for IPv6; None before there is one.
+
+        Kept after closing, if it was known before.
+        """
+        return self._local
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._describe()}>"
+
+    def _describe(self) -> str:
+        local = self._local
+        return self._state.value if local is None else f"{self._state.value} {format_address(local)}"
+
+    # ---- callbacks
+
+    def on_close(self) -> None:
+        """The channel has closed.
+
+        *When*: last of all, exactly once, however the channel came to its end.
+        *Runs in*: the greenlet of the channel's callbacks, after the callback that was running.
+        *Socket*: closed; the addresses can still be read. Calling ``close()`` here does nothing.
+        """
+        self.handle_close()
+
+    def on_error(self, exception: BaseException) -> None:
+        """A callback raised; by default it is logged and the channel closed.
+
+        *When*: right after the callback that raised.
+        *Runs in*: the same greenlet.
+        *Socket*: as the callback left it.
+
+        An override may keep the channel open, but not after a ``gevent.Timeout`` or ``GreenletExit``: these always close it.
+        """
+        self._log(logging.ERROR, "%s raised %r", self._failing or "a callback", exception, event="callback_error", exc_info=exception)
+        self._shut(CloseReason.CALLBACK_ERROR, exception)
+
+    def handle_close(self) -> None:
+        """The oldest name of ``on_close``."""
+
+    # ---- calling user code
+
+    def _call(self, name: str, *args: Any) -> None:
+        """Call one of the user's callbacks; whatever it raises ends at most this channel."""
+        try:
+            getattr(self, name)(*args)
+        except BaseException as error:
+            self._failed(name, error)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        """The callback `name` raised `error`."""
+        if self._close_reason is CloseReason.FORKED:
+            return  # the parent's connection; this process has nothing to say about it
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._shut(CloseReason.CALLBACK_ERROR, error)
+            self._engine._interrupt(error)
+        elif isinstance(error, ChannelClosed) and error.channel is self and self._close_reason in PEER_DOING:
+            self._log(logging.DEBUG, "%s wrote after the peer had left", name, event="late_write")
+        elif name in ("on_error", "on_close"):
+            self._log(logging.ERROR, "%s raised %r", name, error, event="callback_error", exc_info=error)
+            self._shut(CloseReason.CALLBACK_ERROR, error)
+        else:
+            self._failing = name
+            self._call("on_error", error)
+            self._failing = None
+            if not isinstance(error, Exception):
+                self._shut(CloseReason.CALLBACK_ERROR, error)
+
+    def _overrides(self, name: str, owner: type) -> bool:
+        """Tell whether a callback is the user's, set in a subclass or on the instance, and not that of `owner`."""
+        return getattr(getattr(self, name), "__func__", None) is not getattr(owner, name)
+
+    # ---- the mailbox: what arises elsewhere, for the greenlet of the callbacks
+
+    def _post(self, name: str, *args: Any) -> None:
+        """Have the callback `name` called in the channel's own greenlet, after what it does now."""
+        self._posted.append((name, args))
+        self._alert()
+
+    def _alert(self) -> None:
+        """Make the channel's greenlet look at what was posted; start one if there is none."""
+        if self._greenlet is None:
+            self._greenlet = STARTING
+            self._engine._run_soon(self._live, None, self._context)
+        elif self._turn & 1:
+            # In one of our own waits, which alone have odd numbers. A greenlet in user code is never woken.
+            self._engine._loop.run_callback(self._wake, self._turn)
+
+    def _wake(self, turn: int) -> None:
+        if self._turn == turn:
+            self._greenlet.switch()
+
+    def _wait(self, watcher: Any = None) -> None:
+        """Wait in the channel's own greenlet until `watcher` fires or something is posted."""
+        self._turn += 1
+        try:
+            if watcher is not None:
+                watcher.start(self._greenlet.switch)
+            self._engine._pool.to_hub()
+        finally:
+            if watcher is not None:
+                watcher.stop()
+            self._turn += 1
+
+    def _run_posted(self) -> None:
+        """Call the posted callbacks, in order, in the channel's own greenlet."""
+        while self._posted:
+            name, args = self._posted.pop(0)
+            self._call(name, *args)
+
+    def _live(self, argument: Any) -> None:
+        """The greenlet of the callbacks: by default it ends when nothing is posted any more."""
+        self._greenlet = getcurrent()
+        try:
+            self._run_posted()
+        finally:
+            self._greenlet = None
+
+    # ---- moving through the lifecycle
+
+    def _move(self, event: Event) -> None:
+        """Go to the next state; the only place that changes it."""
+        state = self._moves.get((self._state, event))
+        if state is None:
+            raise ChannelStateError(f"{event.value} makes no sense on {self!r}")
+        self._state = state
+
+    def _shut(self, reason: CloseReason, error: BaseException | None = None) -> None:
+        """Close now, for `reason`; does nothing on a closed channel."""
+        raise NotImplementedError
+
+    def _after_fork(self) -> None:
+        """In a forked child: let go of what belongs to the parent."""
+
+    def _children(self) -> Iterable["Channel"]:
+        """Channels that are known to the engine through this one."""
+        return ()
+
+    # ---- logging
+
+    def _log(self, level: int, message: str, *args: Any, event: str, exc_info: Any = None) -> None:
+        logger = self._logger
+        if logger.isEnabledFor(level):
+            extra = {"channel": self, "peer": getattr(self, "remote_address", None), "event": event}
+            logger.log(level, "%r: " + message, self, *args, exc_info=exc_info, extra=extra)
+
+    _logger: ClassVar[logging.Logger] = logging.getLogger("pants_green")

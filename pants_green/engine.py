@@ -1,0 +1,769 @@
+"""The engine: the face of the gevent hub of one thread. Timers, greenlets, the flush; and the global engine's functions.
+
+No socket is known here. This is the only place that makes greenlets. The module itself stands for the engine of the
+calling thread: ``engine.start()`` is ``Engine.instance().start()``, and ``engine=engine`` is understood everywhere.
+"""
+
+import contextvars
+import logging
+import math
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from time import monotonic
+from types import ModuleType
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from greenlet import getcurrent, greenlet
+
+from pants_green._timers import Timer, TimerHeap, next_beat
+from pants_green.errors import ChannelStateError, WrongThreadError
+
+__all__ = [
+    "Engine",
+    "Timer",
+    "call_from_thread",
+    "callback",
+    "cycle",
+    "defer",
+    "loop",
+    "poll",
+    "run_in_thread",
+    "start",
+    "stop",
+]
+
+log = logging.getLogger("pants_green.engine")
+
+#: Seconds between two runs of a loop function while nothing else happens.
+LOOP_INTERVAL = 0.02
+
+#: Dirty streams from which on a read loop flushes them all between two batches, instead of the next hub turn.
+FLUSH_AT = 16
+
+#: Idle greenlets that are kept for the next connection; each holds some 7 KB.
+FREE_LIMIT = 256
+
+# What a thread is, also in a monkey-patched process, where threading's own functions tell greenlets apart.
+_get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
+_instances: Any = monkey.get_original("_thread", "_local")()
+_first_instance: "Engine | None" = None
+
+
+class Worker(greenlet):
+    """A greenlet that runs one job after another: a connection's life, a timer, a server's callbacks.
+
+    Recycled because a new greenlet costs an mmap of its Python stack (connect-echo-close 1.39 times faster). It may be
+    used again only if nothing of the last job clings to it; see `Pool.take`.
+
+    Attributes:
+        offered: the accepted socket, and its addresses, that a Stream made in this greenlet may take over.
+        claimed: the Stream that did.
+    """
+
+    __slots__ = ("_pool", "claimed", "offered")
+
+    def __init__(self, pool: "Pool") -> None:
+        super().__init__(parent=pool.hub)
+        self._pool = pool
+        self.offered: Any = None
+        self.claimed: Any = None
+
+    def run(self, job: Callable[[Any], object], argument: Any) -> None:
+        """Run jobs until the pool has enough idle greenlets, or something is thrown into this one while it is idle."""
+        pool = self._pool
+        while True:
+            try:
+                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
+                job(argument)
+            except BaseException as error:
+                pool.on_escape(error)
+            del job, argument
+            if self.__dict__:
+                self.__dict__.clear()
+            if not pool.put(self):
+                return
+            try:
+                task = pool.to_hub()
+            except BaseException:
+                # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
+                return
+            if type(task) is not tuple or len(task) != 2:
+                return  # somebody kept its switch
+            job, argument = task
+            del task
+
+
+class Pool:
+    """Free greenlets.
+
+    Attributes:
+        limit: how many idle ones are kept.
+        made: how many were ever made.
+    """
+
+    __slots__ = ("_fresh", "_free", "hub", "limit", "made", "on_escape", "to_hub")
+
+    def __init__(self, hub: Any, on_escape: Callable[[BaseException], None]) -> None:
+        self.hub = hub
+        self.on_escape = on_escape
+        # The raw switch: gevent's hub.switch() costs 1 % in ping-pong and checks nothing that matters here.
+        self.to_hub: Callable[[], Any] = greenlet.switch.__get__(hub)
+        self.limit = FREE_LIMIT
+        self.made = 0
+        self._free: list[Worker] = []
+        self._fresh: tuple[int, int] | None = None
+
+    def take(self) -> Worker:
+        """Return a greenlet that waits for a job and to which nothing of an earlier one clings. Hub only."""
+        if self._fresh is None:
+            self._fresh = self._measure_fresh()
+        while self._free:
+            worker, references, weak_references = self._pop()
+            if worker.dead:
+                continue
+            if (references, weak_references) == self._fresh:
+                if worker.gr_context is not None:
+                    worker.gr_context = None
+                return worker
+            # In a patched process one log call is enough to make gevent keep a dummy thread for the greenlet.
+            if threading._active.pop(id(worker), None) is not None:  # type: ignore[attr-defined]
+                self._free.append(worker)
+            del worker
+        self.made += 1
+        return Worker(self)
+
+    def put(self, worker: Worker) -> bool:
+        """Keep a greenlet that has done its job, unless there are enough."""
+        if len(self._free) >= self.limit:
+            return False
+        self._free.append(worker)
+        return True
+
+    def clear(self) -> list[Worker]:
+        """Give up all free greenlets and return them."""
+        free, self._free = self._free, []
+        return free
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def _pop(self) -> tuple[Worker, int, int]:
+        """Take a free greenlet out and count what refers to it, strongly and weakly.
+
+        A pending Timeout or kill and a held lock keep a strong reference, a gevent.local a weak one. Counted when the
+        greenlet is taken and not when it is put back: a wake-up that was asked for holds one until it is delivered.
+        """
+        worker = self._free.pop()
+        return worker, sys.getrefcount(worker), weakref.getweakrefcount(worker)
+
+    def _measure_fresh(self) -> tuple[int, int]:
+        """Count what refers to a greenlet that has done nothing, by the same call as later."""
+        kept, self._free = self._free, []
+        Worker(self).switch(_nothing_with, None)
+        _, references, weak_references = self._pop()
+        self._free = kept
+        return references, weak_references
+
+
+class HubTimer(Timer):
+    """A timer of the library's own: runs in the hub, waits for nothing, calls no user code."""
+
+    __slots__ = ()
+
+
+class Engine:
+    """Runs callbacks and timers, and knows the channels, of one thread.
+
+    An engine belongs to the thread that first uses it and from then on to that thread's hub, which it never owns:
+    channels and timers work as soon as the hub runs, whoever runs it. Making one creates no hub.
+    """
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._hub: Any = None
+        self._loop: Any = None
+        self._pool: Any = None
+        self._clock: Callable[[], float] = monotonic
+        self._dirty: list[Any] = []
+        self._flush_asked = False
+        self._flush_at = FLUSH_AT
+        self._roots: set[Any] = set()
+        self._lingering: set[Any] = set()
+        self._timers = TimerHeap()
+        self._alarm: Any = None
+        self._alarm_at = math.inf
+        self._loops: list[Timer] = []
+        self._loop_count = 0
+        self._loop_watchers: tuple[Any, ...] = ()
+        self._pollers: list[Event] = []
+        self._from_threads: list[Timer] = []
+        self._runner: Any = None
+        self._stopping = False
+        self._forsaken: list[Any] = []
+
+    @classmethod
+    def instance(cls) -> "Engine":
+        """Return the engine of the calling thread: always the same one in the same thread."""
+        global _first_instance
+        engine: Engine | None = getattr(_instances, "engine", None)
+        if engine is None:
+            engine = _instances.engine = Engine()
+            if _first_instance is None:
+                _first_instance = engine
+        return engine
+
+    def __repr__(self) -> str:
+        if self._hub is None:
+            return "<Engine, not used yet>"
+        running = "running" if self._runner is not None else "not running"
+        return f"<Engine {running}, {len(self.channels)} channels, {len(self._timers)} timers>"
+
+    # ---- running
+
+    def start(self) -> None:
+        """Run until ``stop()`` is called; in any greenlet, as often as you like.
+
+        While it runs, a second call returns at once. An idle engine uses no CPU and does not return.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: raised in a callback, or by the user's Ctrl-C.
+        """
+        self._enter()
+        if self._runner is not None:
+            return
+        if getcurrent() is self._hub:
+            raise ChannelStateError("Engine.start() was called in the hub; call it in the main greenlet or in one of your own")
+        keep_alive = self._loop.async_()
+        keep_alive.start(_nothing)
+        self._runner = getcurrent()
+        self._stopping = False
+        try:
+            while not self._stopping:
+                self._hub.switch()
+        finally:
+            self._runner = None
+            keep_alive.stop()
+            keep_alive.close()
+
+    def stop(self) -> None:
+        """Make ``start()`` return, at the end of this hub turn. Channels stay as they are; no effect if it does not run."""
+        self._enter()
+        if self._runner is not None:
+            self._stopping = True
+            self._loop.run_callback(self._resume_runner)
+
+    def poll(self, timeout: float | None = 0.2) -> bool:
+        """Let the hub run until one of our channels or timers did something.
+
+        Args:
+            timeout: seconds to wait at most; None waits for as long as it takes.
+
+        Returns:
+            whether anything was done.
+        """
+        self._enter()
+        done = Event()
+        keep_alive = self._loop.async_()
+        keep_alive.start(_nothing)
+        self._pollers.append(done)
+        self._flush_at = 0
+        try:
+            return bool(done.wait(timeout))
+        finally:
+            self._pollers.remove(done)
+            if not self._pollers:
+                self._flush_at = FLUSH_AT
+            keep_alive.stop()
+            keep_alive.close()
+
+    @property
+    def latest_poll_time(self) -> float:
+        """When the hub last looked for events: seconds since the epoch."""
+        self._enter()
+        return float(self._loop.now())
+
+    @property
+    def channels(self) -> list[Any]:
+        """All channels that are at work: listening, dialling, connected, or sending their last bytes."""
+        found: list[Any] = []
+        for root in list(self._roots):
+            if not root.closed:
+                found.append(root)
+            found.extend(root._children())
+        return found
+
+    # ---- timers
+
+    def callback(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+        """Run `function` once, in the next hub turn, in a greenlet: it may block.
+
+        Returns:
+            a handle; call it or its ``cancel()`` to prevent the run.
+
+        Raises:
+            TypeError: `function` is not callable.
+        """
+        return self.defer(0, function, *args, **kwargs)
+
+    def loop(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+        """Run `function` once in every hub turn, and every 20 ms while nothing else happens, until cancelled.
+
+        Each run has a greenlet. A run that blocks is waited for, so the runs never overlap.
+
+        Returns:
+            a handle; call it or its ``cancel()``, from inside too, to stop.
+
+        Raises:
+            TypeError: `function` is not callable.
+        """
+        timer = self._timer("loop", function, args, kwargs)
+        self._loops.append(timer)
+        self._loop_count += 1
+        if not self._loop_watchers:
+            turn = self._loop.prepare()
+            beat = self._loop.timer(LOOP_INTERVAL, LOOP_INTERVAL)
+            self._loop_watchers = (turn, beat)
+            turn.start(self._run_loops)
+            beat.start(_nothing)
+        return timer
+
+    def defer(self, delay: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+        """Run `function` once, `delay` seconds after this call, in a greenlet: it may block.
+
+        The oldest order, ``defer(function, delay)``, is told apart by its types.
+
+        Args:
+            delay: seconds from now, finite and not negative; 0 means the next hub turn.
+
+        Returns:
+            a handle; call it or its ``cancel()`` to prevent the run.
+
+        Raises:
+            ValueError: `delay` is negative, infinite or not a number.
+            TypeError: `delay` is no number at all, or `function` is not callable.
+        """
+        delay, function = _in_order("defer", delay, function)
+        timer = self._timer("defer", function, args, kwargs)
+        if delay == 0:
+            self._loop.run_callback(self._start_timer, timer)
+        else:
+            timer.when = self._clock() + delay
+            self._push(timer)
+        return timer
+
+    def cycle(self, interval: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+        """Run `function` every `interval` seconds until cancelled, for the first time after `interval`.
+
+        The beat does not drift. A run that takes longer than `interval` is waited for; the beats it missed are left out.
+        An exception is logged and the cycle goes on.
+
+        Args:
+            interval: seconds, finite and more than 0.
+
+        Returns:
+            a handle; call it or its ``cancel()``, from inside too, to stop.
+
+        Raises:
+            ValueError, TypeError: as for ``defer``.
+        """
+        interval, function = _in_order("cycle", interval, function)
+        if interval == 0:
+            raise ValueError("cycle() takes an interval of more than 0 seconds; to run once per hub turn use loop()")
+        timer = self._timer("cycle", function, args, kwargs)
+        timer.interval = interval
+        timer.when = self._clock() + interval
+        self._push(timer)
+        return timer
+
+    # ---- threads
+
+    def call_from_thread(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+        """Run `function` in this engine's thread, in a greenlet, soon. The one method that any thread may call.
+
+        Returns:
+            a handle; call it or its ``cancel()`` to prevent the run.
+
+        Raises:
+            TypeError: `function` is not callable.
+        """
+        _check_callable("call_from_thread", function)
+        timer = Timer(function, args, kwargs, context=contextvars.copy_context())
+        self._from_threads.append(timer)
+        if self._loop is not None:
+            self._loop.run_callback_threadsafe(self._start_from_threads)
+        return timer
+
+    def run_in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function that blocks for real in a thread of gevent's pool; only the calling greenlet waits.
+
+        Returns:
+            what `function` returns; what it raises is raised here.
+
+        Raises:
+            TypeError: `function` is not callable.
+        """
+        self._enter()
+        _check_callable("run_in_thread", function)
+        context = contextvars.copy_context()
+        failed, result = self._hub.threadpool.apply(_outcome, (context, function, args, kwargs))
+        if failed:
+            raise result
+        return result
+
+    # ---- binding
+
+    def _enter(self) -> None:
+        """Bind to this thread's hub at the first call; afterwards refuse any other thread."""
+        if self._thread != _get_ident():
+            self._bind()
+
+    def _bind(self) -> None:
+        ident = _get_ident()
+        if self._thread is not None:
+            raise WrongThreadError(
+                f"this engine belongs to {_thread_name(self._thread)} and was used in {_thread_name(ident)}; hand the call over with "
+                "engine.call_from_thread(function, ...), or use the engine of this thread, Engine.instance()"
+            )
+        self._thread = ident
+        self._hub = gevent.get_hub()
+        self._pool = Pool(self._hub, self._escaped)
+        # Last: other threads that call call_from_thread look at it to see whether there is anybody to wake.
+        self._loop = self._hub.loop
+        _bound.add(self)
+        _register_fork_handler()
+        if self._from_threads:
+            self._loop.run_callback(self._start_from_threads)
+
+    # ---- greenlets
+
+    def _run(self, job: Callable[[Any], object], argument: Any, context: contextvars.Context | None) -> None:
+        """Run ``job(argument)`` in a free greenlet until it first waits. Hub only.
+
+        Args:
+            context: what the job finds in its context variables, in a copy of its own; None or empty: nothing.
+        """
+        worker = self._pool.take()
+        if context:
+            worker.gr_context = context.copy()
+        if self._pollers:
+            self._acted()
+        worker.switch(job, argument)
+
+    def _run_soon(self, job: Callable[[Any], object], argument: Any = None, context: contextvars.Context | None = None) -> None:
+        """Run ``job(argument)`` in a free greenlet in the next hub turn."""
+        self._loop.run_callback(self._run, job, argument, context)
+
+    def _escaped(self, error: BaseException) -> None:
+        """Something left a job. Jobs catch what user code raises, so this is the last resort."""
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            self._interrupt(error)
+        elif not isinstance(error, gevent.GreenletExit):
+            log.error("a greenlet of the engine failed", exc_info=error)
+
+    def _interrupt(self, error: BaseException) -> None:
+        """Hand KeyboardInterrupt or SystemExit to whoever waits in start(), else to the main greenlet."""
+        self._loop.run_callback(self._throw_into_runner, error)
+
+    def _throw_into_runner(self, error: BaseException) -> None:
+        if self._runner is not None:
+            self._runner.throw(error)
+        else:
+            self._hub.handle_system_error(type(error), error)
+
+    def _resume_runner(self) -> None:
+        if self._runner is not None and self._stopping:
+            self._runner.switch()
+
+    # ---- running timers
+
+    def _timer(self, what: str, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
+        self._enter()
+        _check_callable(what, function)
+        return Timer(function, args, kwargs, context=contextvars.copy_context())
+
+    def _in_hub_after(self, delay: float, function: Callable[..., object], *args: Any) -> Timer:
+        """Run a function of the library's own in the hub, `delay` seconds from now."""
+        timer = HubTimer(function, args, when=self._clock() + delay)
+        self._push(timer)
+        return timer
+
+    def _push(self, timer: Timer) -> None:
+        self._timers.push(timer)
+        if timer.when < self._alarm_at:
+            self._arm(timer.when)
+
+    def _arm(self, when: float) -> None:
+        """Have the hub call _alarmed at `when`, or a little earlier: the heap is asked again then."""
+        if self._alarm is not None:
+            self._alarm.stop()
+            self._alarm.close()
+        self._alarm_at = when
+        self._alarm = self._loop.timer(max(when - self._clock(), 0.0))
+        # update: the hub's own notion of now is as old as the current turn.
+        self._alarm.start(self._alarmed, update=True)
+
+    def _alarmed(self) -> None:
+        self._alarm_at = math.inf
+        try:
+            now = self._clock()
+            while (timer := self._timers.pop_due(now)) is not None:
+                if isinstance(timer, HubTimer):
+                    function, args = timer.function, timer.args
+                    timer.function = None
+                    if function is not None:
+                        function(*args)
+                else:
+                    self._start_timer(timer)
+        finally:
+            due = self._timers.next_due()
+            if due is not None and due < self._alarm_at:
+                self._arm(due)
+
+    def _start_timer(self, timer: Timer) -> None:
+        if timer.function is not None:
+            self._run(self._run_timer, timer, timer.context)
+
+    def _run_timer(self, timer: Timer) -> None:
+        """Run a timer, in its greenlet; a cycle goes back into the heap afterwards."""
+        function = timer.function
+        if function is None:
+            return
+        if timer.interval is None:
+            timer.function = None
+        self._call(function, timer)
+        if timer.interval is not None and timer.function is not None:
+            timer.when = next_beat(timer.when, timer.interval, self._clock())
+            self._push(timer)
+
+    def _run_loops(self) -> None:
+        """Run every loop function that is not running still. Hub only, once per turn."""
+        # What the functions write leaves below, without another turn: a loop function that writes would never let the hub rest.
+        asked, self._flush_asked = self._flush_asked, True
+        ready, self._loops = self._loops, []
+        try:
+            for timer in ready:
+                self._run(self._run_loop, timer, timer.context)
+        finally:
+            self._flush_asked = asked
+        if self._dirty:
+            self._flush_dirty()
+        if not self._loop_count:
+            for watcher in self._loop_watchers:
+                watcher.stop()
+                watcher.close()
+            self._loop_watchers = ()
+
+    def _run_loop(self, timer: Timer) -> None:
+        function = timer.function
+        if function is not None:
+            self._call(function, timer)
+        if timer.function is not None:
+            self._loops.append(timer)
+        else:
+            self._loop_count -= 1
+
+    def _call(self, function: Callable[..., object], timer: Timer) -> None:
+        args, kwargs = timer.args, timer.kwargs
+        try:
+            function(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit) as error:
+            self._interrupt(error)
+        except BaseException as error:
+            name = getattr(function, "__qualname__", repr(function))
+            log.error("%s, run by a timer, raised %r", name, error, exc_info=error, extra={"event": "timer_error"})
+
+    def _start_from_threads(self) -> None:
+        while self._from_threads:
+            self._start_timer(self._from_threads.pop(0))
+
+    # ---- the flush
+
+    def _ask_flush(self) -> None:
+        """Have the dirty streams flushed once in the next hub turn."""
+        self._enter()
+        self._flush_asked = True
+        self._loop.run_callback(self._flush_asked_for)
+
+    def _flush_asked_for(self) -> None:
+        self._flush_asked = False
+        if self._dirty:
+            self._flush_dirty()
+
+    def _flush_dirty(self) -> None:
+        """Send what every dirty stream has written since the last flush: one send each."""
+        dirty = self._dirty
+        streams = iter(dirty[:])
+        dirty.clear()
+        try:
+            for stream in streams:
+                stream._flush()
+        finally:
+            # Not one stream's trouble, which it keeps to itself, but a signal in the middle of the flush.
+            dirty[:0] = streams
+            if dirty and not self._flush_asked:
+                self._ask_flush()
+
+    def _batch_done(self) -> None:
+        """A read loop has delivered a batch and found `_flush_at` or more dirty streams."""
+        if self._pollers:
+            self._acted()
+        if len(self._dirty) >= FLUSH_AT:
+            self._flush_dirty()
+
+    def _acted(self) -> None:
+        for done in self._pollers:
+            done.set()
+
+    # ---- fork
+
+    def _after_fork(self) -> None:
+        """In the child: the hub gets descriptors of its own; connections stay with the parent, listeners are shared."""
+        if self._thread != _get_ident():
+            # The thread of this engine does not exist here. Nobody may touch it again.
+            return
+        self._loop.reinit()
+        self._dirty.clear()
+        self._flush_asked = False
+        # Kept, and never switched to: what they were doing is the parent's business.
+        self._forsaken.extend(self._pool.clear())
+        for channel in self.channels:
+            channel._after_fork()
+        for linger in list(self._lingering):
+            linger.close()
+
+
+def _outcome(context: contextvars.Context, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    # gevent's pool prints the traceback of what a function raises, though the caller gets it too. So it is handed over.
+    try:
+        return False, context.run(function, *args, **kwargs)
+    except BaseException as error:
+        return True, error
+
+
+def _in_order(what: str, delay: Any, function: Any) -> tuple[float, Any]:
+    if callable(delay) and not callable(function):
+        delay, function = function, delay
+    _check_callable(what, function)
+    if isinstance(delay, bool) or not isinstance(delay, (int, float)):
+        raise TypeError(f"{what}() takes seconds as int or float, not {delay!r}")
+    if not math.isfinite(delay) or delay < 0:
+        raise ValueError(f"{what}() takes a finite number of seconds, 0 or more, not {delay!r}")
+    return delay, function
+
+
+def _check_callable(what: str, function: Any) -> None:
+    if not callable(function):
+        raise TypeError(f"{what}() takes a function and its arguments; {function!r} cannot be called")
+
+
+def _thread_name(ident: int) -> str:
+    for thread in threading.enumerate():
+        if thread.ident == ident:
+            return f"thread {thread.name!r}"
+    return f"thread {ident}"
+
+
+def _nothing() -> None:
+    pass
+
+
+def _nothing_with(argument: Any) -> None:
+    pass
+
+
+def engine_for(engine: Any) -> Engine:
+    """Return the Engine that `engine` stands for: None and this module mean the calling thread's.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if engine is None or engine is sys.modules[__name__]:
+        return Engine.instance()
+    if isinstance(engine, Engine):
+        return engine
+    kind = "module" if isinstance(engine, ModuleType) else type(engine).__name__
+    raise TypeError(f"engine= takes an Engine or the module pants_green.engine, not the {kind} {engine!r}")
+
+
+# ---- fork
+
+_bound: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+_fork_handler_registered = False
+
+
+def _register_fork_handler() -> None:
+    global _fork_handler_registered
+    if not _fork_handler_registered and hasattr(os, "register_at_fork"):
+        _fork_handler_registered = True
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _after_fork_in_child() -> None:
+    engines: Iterable[Engine] = list(_bound)
+    for engine in engines:
+        engine._after_fork()
+
+
+# ---- the engine of the calling thread, as a module
+
+
+def start() -> None:
+    """Run this thread's engine until ``stop()``; see `Engine.start`."""
+    Engine.instance().start()
+
+
+def stop() -> None:
+    """Make ``start()`` return; see `Engine.stop`."""
+    Engine.instance().stop()
+
+
+def poll(timeout: float | None = 0.2) -> bool:
+    """Let the hub run until something was done; see `Engine.poll`."""
+    return Engine.instance().poll(timeout)
+
+
+def callback(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    """Run `function` in the next hub turn; see `Engine.callback`."""
+    return Engine.instance().callback(function, *args, **kwargs)
+
+
+def loop(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    """Run `function` in every hub turn; see `Engine.loop`."""
+    return Engine.instance().loop(function, *args, **kwargs)
+
+
+def defer(delay: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    """Run `function` after `delay` seconds; see `Engine.defer`."""
+    return Engine.instance().defer(delay, function, *args, **kwargs)
+
+
+def cycle(interval: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    """Run `function` every `interval` seconds; see `Engine.cycle`."""
+    return Engine.instance().cycle(interval, function, *args, **kwargs)
+
+
+def call_from_thread(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    """Run `function` in an engine's thread; see `Engine.call_from_thread`.
+
+    Which one: the calling thread's engine if it has one, else the program's first, which is the main thread's as a rule.
+    """
+    engine = getattr(_instances, "engine", None) or _first_instance or Engine.instance()
+    return engine.call_from_thread(function, *args, **kwargs)
+
+
+def run_in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a blocking function in a thread of gevent's pool; see `Engine.run_in_thread`."""
+    return Engine.instance().run_in_thread(function, *args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """Give the attributes ``channels`` and ``latest_poll_time`` of this thread's engine."""
+    if name in ("channels", "latest_poll_time"):
+        return getattr(Engine.instance(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

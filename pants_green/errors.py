@@ -1,0 +1,88 @@
+"""Every exception that pants_green raises or delivers; imports nothing.
+
+    PantsError
+      ChannelStateError (RuntimeError)      you called this in the wrong state
+        ChannelClosed                       ... and it will not open again
+      WrongThreadError (RuntimeError)       you called this in the wrong thread
+      InvalidAddressFormatError (ValueError)
+      InvalidReadDelimiterError
+        ReadDelimiterTypeError (TypeError)  no such kind of delimiter
+        ReadDelimiterValueError (ValueError) a delimiter that could never end a chunk
+      StreamConnectError (OSError)          the dial failed
+      StreamBufferOverflow                  too many bytes without a delimiter
+
+Your mistake is raised at you; the world's mistake is delivered to an ``on_*_error`` callback.
+"""
+
+__all__ = [
+    "ChannelClosed",
+    "ChannelStateError",
+    "InvalidAddressFormatError",
+    "InvalidReadDelimiterError",
+    "PantsError",
+    "ReadDelimiterTypeError",
+    "ReadDelimiterValueError",
+    "StreamBufferOverflow",
+    "StreamConnectError",
+    "WrongThreadError",
+]
+
+
+class PantsError(Exception):
+    """The root of everything below."""
+
+
+class ChannelStateError(PantsError, RuntimeError):
+    """A method was called in a state in which it makes no sense, such as a second ``listen()``."""
+
+
+class ChannelClosed(ChannelStateError):
+    """The channel takes no more output: it is closed, closing, or was never connected.
+
+    Args:
+        message: what was asked, on which channel, and what to do instead.
+        channel: the channel that refused, or None.
+    """
+
+    def __init__(self, message: str, channel: object = None) -> None:
+        super().__init__(message)
+        self.channel = channel
+
+
+class WrongThreadError(PantsError, RuntimeError):
+    """An engine or one of its channels was used outside the thread that runs it."""
+
+
+class InvalidAddressFormatError(PantsError, ValueError):
+    """Nobody can parse this address."""
+
+
+class InvalidReadDelimiterError(PantsError):
+    """The value cannot delimit anything; caught as TypeError or ValueError too, as fits."""
+
+
+class ReadDelimiterTypeError(InvalidReadDelimiterError, TypeError):
+    """No kind of delimiter has this type."""
+
+
+class ReadDelimiterValueError(InvalidReadDelimiterError, ValueError):
+    """The type is right, but this value would match nothing or match for ever."""
+
+
+class StreamConnectError(PantsError, OSError):
+    """A connection could not be made; ``errno`` and ``strerror`` say why, as in any OSError."""
+
+
+class StreamBufferOverflow(PantsError):
+    """More bytes wait for their delimiter than ``buffer_size`` allows.
+
+    Args:
+        message: names the channel and what to raise.
+        size: bytes that were waiting.
+        limit: bytes that were allowed to wait.
+    """
+
+    def __init__(self, message: str, size: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.size = size
+        self.limit = limit
