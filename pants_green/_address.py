@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 from pants_green.errors import InvalidAddressFormatError
 
-__all__ = ["Address", "ListenCall", "Sockaddr", "format_address", "parse_address", "parse_connect", "parse_listen"]
+__all__ = ["NOT_GIVEN", "Address", "ListenCall", "Sockaddr", "format_address", "parse_address", "parse_connect", "parse_listen"]
 
 #: What a socket call takes: ``(host, port)``, ``(host, port, flowinfo, scope_id)``, or a Unix path.
 Sockaddr = tuple[str, int] | tuple[str, int, int, int] | str | bytes
 
 #: Platforms without Unix sockets have no AF_UNIX; no parsed address has this family there.
 AF_UNIX = getattr(socket, "AF_UNIX", -1)
+
+#: What an argument is that nobody gave, where None is a mistake.
+NOT_GIVEN: Any = type("NotGiven", (), {"__slots__": (), "__repr__": lambda self: "<not given>"})()
 
 FORMS = "a port, (host, port), (host, port, flowinfo, scope_id) for IPv6, or the path of a Unix socket"
 
@@ -83,18 +86,18 @@ def parse_connect(address: Any, port: Any = None) -> Address:
     parsed = parse_address(address if port is None else (address, port))
     if parsed.family == AF_UNIX:
         return parsed
-    host, number = parsed.sockaddr[0], parsed.sockaddr[1]
+    number = parsed.sockaddr[1]
     if number == 0:
         raise InvalidAddressFormatError(f"port 0 cannot be connected to: {address!r}; give the port that the server listens on")
-    if host == "":
-        if parsed.family == socket.AF_INET6:
-            return Address(socket.AF_INET6, ("::1", number, 0, 0), False)  # type: ignore[arg-type]
+    if isinstance(address, tuple) and len(address) == 4 and not address[0]:
+        return Address(socket.AF_INET6, ("::1", *parsed.sockaddr[1:]), False)  # type: ignore[arg-type]
+    if parsed.sockaddr[0] == "":
         return Address(socket.AF_UNSPEC, ("localhost", number), True)  # type: ignore[arg-type]
     return parsed
 
 
 def parse_listen(
-    address: Any = 8080,
+    address: Any = NOT_GIVEN,
     legacy: tuple[Any, ...] = (),
     *,
     backlog: Any = None,
@@ -108,7 +111,7 @@ def parse_listen(
     form), a second positional int is a backlog (``listen(address, backlog, slave)``).
 
     Args:
-        address: as for parse_address.
+        address: as for parse_address; port 8080 if it is not given.
         legacy: further positional arguments.
         backlog: length of the accept queue, 1024 by default.
         slave: whether an "any" address serves both families, True by default.
@@ -120,7 +123,11 @@ def parse_listen(
     """
     rest = list(legacy)
     if port is not None:
-        address = port
+        if address is not NOT_GIVEN:
+            raise TypeError("listen() got the port twice, in the address and as port=")
+        address = _port(port, port)
+    if address is NOT_GIVEN:
+        address = 8080
     if rest and (rest[0] is None or isinstance(rest[0], str)):
         if host is not None:
             raise TypeError("listen() got the host twice, by position and as host=")
@@ -169,11 +176,9 @@ def _parse_pair(address: tuple[Any, ...]) -> Address:
         return Address(socket.AF_INET, ("255.255.255.255", port), False)
     numeric = _numeric(host)
     if isinstance(numeric, IPv4Address):
-        return Address(socket.AF_INET, (host, port), False)
+        return Address(socket.AF_INET, (_bare(host), port), False)
     if isinstance(numeric, IPv6Address):
-        if numeric.scope_id:
-            return Address(socket.AF_INET6, (host, port, 0, 0), True)
-        return Address(socket.AF_INET6, (_bare(host), port, 0, 0), False)
+        return Address(socket.AF_INET6, (_bare(host), port, 0, 0), bool(numeric.scope_id))
     _check_name(host, address)
     return Address(socket.AF_UNSPEC, (host, port), True)
 
@@ -190,7 +195,7 @@ def _parse_quad(address: tuple[Any, ...]) -> Address:
             raise InvalidAddressFormatError(f"flowinfo (0 to 1048575) and scope_id (0 to 4294967295) of {address!r} are ints")
     numeric = _numeric(host)
     if isinstance(numeric, IPv4Address):
-        raise InvalidAddressFormatError(f"{address!r} has the four elements of an IPv6 address, but {host} is IPv4; give ({host!r}, {port})")
+        raise InvalidAddressFormatError(f"{address!r} has the four elements of an IPv6 address, but {host} is IPv4: give {(host, port)}")
     if numeric is None:
         _check_name(host, address)
         return Address(socket.AF_INET6, (host, port, flowinfo, scope_id), True)
@@ -208,7 +213,8 @@ def _parse_path(path: str | bytes) -> Address:
         if _numeric(text) is not None:
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for the IP address {text} give ({text!r}, port)")
         if colon and port.isascii() and port.isdigit():
-            raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for host and port give ({_bare(host)!r}, {int(port)})")
+            pair = f"({_bare(host)!r}, {int(port)})"
+            raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for host and port give {pair}")
     if AF_UNIX == -1:
         raise InvalidAddressFormatError(f"{path!r} is the path of a Unix socket, and this platform has none")
     return Address(AF_UNIX, path, False)
@@ -238,3 +244,7 @@ def _check_name(host: str, address: Any) -> None:
         raise InvalidAddressFormatError(f"the host of {address!r} is neither an IP address nor a name")
     if ":" in host or "/" in host:
         raise InvalidAddressFormatError(f"the host of {address!r} is neither an IP address nor a name; the port stands apart: (host, port)")
+    try:
+        host.encode("idna")
+    except UnicodeError as error:
+        raise InvalidAddressFormatError(f"the host of {address!r} is no name that could be looked up: {error}") from None

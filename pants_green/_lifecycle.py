@@ -4,21 +4,27 @@ No socket, clock or greenlet lives here, and no side effect: a channel looks its
 does what the move asks for.
 """
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 __all__ = [
+    "CLOSE",
     "CLOSED",
-    "CONNECTED",
+    "CONNECT",
     "CONNECTING",
     "DRAINING",
+    "END",
     "ENDING",
+    "ESTABLISH",
+    "FINISH_OUTPUT",
+    "INPUT_ENDED",
+    "INPUT_ENDED_HALF_OPEN",
+    "LISTEN",
     "LISTENING",
     "NEW",
     "OPEN",
     "READ_ONLY",
     "SERVER_MOVES",
     "STREAM_MOVES",
-    "WRITABLE",
     "WRITE_ONLY",
     "CloseReason",
     "Event",
@@ -27,23 +33,32 @@ __all__ = [
 
 
 class State(Enum):
-    """Where a channel stands. Each comment names the exits."""
+    """Where a channel stands. Each comment names the exits.
+
+    Attributes:
+        connected: a stream counts as connected, and stands in its server's ``channels``, exactly in these states.
+        writable: ``write()`` takes data exactly in these states.
+    """
 
     NEW = "new"  # no socket at work yet -> CONNECTING, OPEN, LISTENING, CLOSED
     CONNECTING = "connecting"  # looking up and dialling -> OPEN, CLOSED
     OPEN = "open"  # both directions work -> READ_ONLY, WRITE_ONLY, ENDING, DRAINING, CLOSED
     READ_ONLY = "read-only"  # write_eof() was called -> DRAINING, CLOSED
     WRITE_ONLY = "write-only"  # half-open: the peer sent its FIN -> DRAINING, CLOSED
-    ENDING = "ending"  # the peer sent its FIN, on_end runs -> DRAINING, CLOSED
+    ENDING = "ending"  # the peer sent its FIN and on_end runs -> DRAINING, CLOSED
     DRAINING = "draining"  # what is owed is being sent, nothing is added -> CLOSED
     LISTENING = "listening"  # a server that accepts -> CLOSED
     CLOSED = "closed"  # the end; nothing leaves it
 
-    # Members are singletons; Enum's own hash is a Python function and is asked four times for each move.
+    def __init__(self, label: str) -> None:
+        self.connected = label in ("open", "read-only", "write-only")
+        self.writable = label in ("open", "write-only", "ending")
+
+    # Members are singletons, and Enum's own hash is a Python function.
     __hash__ = object.__hash__
 
 
-# As plain names: on Python 3.11 State.OPEN runs a Python function each time, and the hot path asks often.
+# As plain names: on Python 3.11 State.OPEN costs ten times as much, and the hot path asks often.
 NEW = State.NEW
 CONNECTING = State.CONNECTING
 OPEN = State.OPEN
@@ -70,7 +85,17 @@ class Event(Enum):
     __hash__ = object.__hash__
 
 
-class CloseReason(str, Enum):
+CONNECT = Event.CONNECT
+ESTABLISH = Event.ESTABLISH
+LISTEN = Event.LISTEN
+FINISH_OUTPUT = Event.FINISH_OUTPUT
+INPUT_ENDED = Event.INPUT_ENDED
+INPUT_ENDED_HALF_OPEN = Event.INPUT_ENDED_HALF_OPEN
+END = Event.END
+CLOSE = Event.CLOSE
+
+
+class CloseReason(StrEnum):
     """Why a channel closed; its value is fit for a log line."""
 
     CLOSED_HERE = "close() was called here"
@@ -84,45 +109,36 @@ class CloseReason(str, Enum):
     CALLBACK_ERROR = "a callback raised an exception"
     FORKED = "the connection belongs to the parent process"
 
-    __str__ = str.__str__
-    __format__ = str.__format__
-
-
-#: A stream counts as connected, and stands in its server's ``channels``, exactly in these states.
-CONNECTED = frozenset({OPEN, READ_ONLY, WRITE_ONLY})
-
-#: ``write()`` takes data exactly in these states.
-WRITABLE = frozenset({OPEN, WRITE_ONLY, ENDING})
 
 #: (state, event) -> state. What is missing is not allowed.
 STREAM_MOVES: dict[tuple[State, Event], State] = {
-    (NEW, Event.CONNECT): CONNECTING,
-    (NEW, Event.ESTABLISH): OPEN,
-    (NEW, Event.CLOSE): CLOSED,
-    (NEW, Event.END): CLOSED,
-    (CONNECTING, Event.ESTABLISH): OPEN,
-    (CONNECTING, Event.END): CLOSED,
-    (CONNECTING, Event.CLOSE): CLOSED,
-    (OPEN, Event.FINISH_OUTPUT): READ_ONLY,
-    (OPEN, Event.INPUT_ENDED): ENDING,
-    (OPEN, Event.INPUT_ENDED_HALF_OPEN): WRITE_ONLY,
-    (OPEN, Event.END): DRAINING,
-    (OPEN, Event.CLOSE): CLOSED,
-    (READ_ONLY, Event.INPUT_ENDED): DRAINING,
-    (READ_ONLY, Event.INPUT_ENDED_HALF_OPEN): DRAINING,
-    (READ_ONLY, Event.END): DRAINING,
-    (READ_ONLY, Event.CLOSE): CLOSED,
-    (WRITE_ONLY, Event.FINISH_OUTPUT): DRAINING,
-    (WRITE_ONLY, Event.END): DRAINING,
-    (WRITE_ONLY, Event.CLOSE): CLOSED,
-    (ENDING, Event.FINISH_OUTPUT): DRAINING,
-    (ENDING, Event.END): DRAINING,
-    (ENDING, Event.CLOSE): CLOSED,
-    (DRAINING, Event.CLOSE): CLOSED,
+    (NEW, CONNECT): CONNECTING,
+    (NEW, ESTABLISH): OPEN,
+    (NEW, CLOSE): CLOSED,
+    (NEW, END): CLOSED,
+    (CONNECTING, ESTABLISH): OPEN,
+    (CONNECTING, END): CLOSED,
+    (CONNECTING, CLOSE): CLOSED,
+    (OPEN, FINISH_OUTPUT): READ_ONLY,
+    (OPEN, INPUT_ENDED): ENDING,
+    (OPEN, INPUT_ENDED_HALF_OPEN): WRITE_ONLY,
+    (OPEN, END): DRAINING,
+    (OPEN, CLOSE): CLOSED,
+    (READ_ONLY, INPUT_ENDED): DRAINING,
+    (READ_ONLY, INPUT_ENDED_HALF_OPEN): DRAINING,
+    (READ_ONLY, END): DRAINING,
+    (READ_ONLY, CLOSE): CLOSED,
+    (WRITE_ONLY, FINISH_OUTPUT): DRAINING,
+    (WRITE_ONLY, END): DRAINING,
+    (WRITE_ONLY, CLOSE): CLOSED,
+    (ENDING, FINISH_OUTPUT): DRAINING,
+    (ENDING, END): DRAINING,
+    (ENDING, CLOSE): CLOSED,
+    (DRAINING, CLOSE): CLOSED,
 }
 
 SERVER_MOVES: dict[tuple[State, Event], State] = {
-    (NEW, Event.LISTEN): LISTENING,
-    (NEW, Event.CLOSE): CLOSED,
-    (LISTENING, Event.CLOSE): CLOSED,
+    (NEW, LISTEN): LISTENING,
+    (NEW, CLOSE): CLOSED,
+    (LISTENING, CLOSE): CLOSED,
 }

@@ -34,6 +34,8 @@ class Outbox:
             bytes-like, at most JOIN_LIMIT bytes unless a single piece is longer; empty if nothing is pending.
         """
         items = self.items
+        while items and not items[0]:
+            del items[0]
         if len(items) < 2:
             return items[0] if items else b""
         if self.size <= JOIN_LIMIT:

@@ -25,6 +25,7 @@ __all__ = [
     "Listener",
     "Ports",
     "abort",
+    "close",
     "descriptor_of",
     "dial",
     "dial_result",
@@ -284,6 +285,19 @@ def shutdown_output(sock: Any) -> None:
         sock.shutdown(stdlib_socket.SHUT_WR)
     except OSError:
         pass
+
+
+def close(sock: Any) -> None:
+    """Close a socket on whose watchers nobody waits."""
+    # What gevent's close() does in this case, without looking for waiters: connect-echo-close 1.05 times faster.
+    if type(sock) is not GeventSocket or sock._io_refs or sock._read_event is None:
+        sock.close()
+        return
+    sock._closed = True
+    sock._read_event.close()
+    sock._write_event.close()
+    sock._read_event = sock._write_event = None
+    sock._sock.close()
 
 
 def abort(sock: Any) -> None:

@@ -4,63 +4,24 @@ What a stream or a server does with them is in ``stream`` and ``server``.
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from collections.abc import Iterable
+from typing import Any, ClassVar, NoReturn
 
 from greenlet import getcurrent
 
 from pants_green._address import format_address
-from pants_green._lifecycle import CLOSED, NEW, CloseReason, Event, State
+from pants_green._lifecycle import CLOSED, NEW, CloseReason, Event
+from pants_green._settings import Setting
 from pants_green.engine import Engine, engine_for
 from pants_green.errors import ChannelClosed, ChannelStateError
 
-__all__ = ["Channel", "Setting"]
-
-T = TypeVar("T")
+__all__ = ["Channel"]
 
 #: Reasons of closing that are the peer's doing: a write() that comes too late for them is nobody's mistake.
 PEER_DOING = frozenset({CloseReason.PEER_ENDED, CloseReason.PEER_LEFT})
 
 #: What a greenlet is that has been asked for but does not run yet.
 STARTING: Any = object()
-
-
-class Setting(Generic[T]):
-    """An attribute with a default on the class, overridable in subclasses and on instances, checked wherever it is set.
-
-    Args:
-        default: the value where nothing else is set.
-        check: ``check(name, value)`` returns the value to keep, or raises an error that names the fix.
-    """
-
-    def __init__(self, default: T, check: Callable[[str, Any], T]) -> None:
-        self.check = check
-        self.default = default
-        self.name = "?"
-        self.slot = "?"
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-        self.slot = "_" + name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> T: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> T:
-        if instance is None:
-            return self.default
-        value: T = getattr(instance, self.slot)
-        return value
-
-    def __set__(self, instance: object, value: Any) -> None:
-        setattr(instance, self.slot, self.check(f"{type(instance).__name__}.{self.name}", value))
-
-    def redefined(self, owner: type, value: Any) -> "Setting[T]":
-        """Return the setting that `owner`, a subclass that says ``name = value``, gets in its place."""
-        setting = type(self)(self.check(f"{owner.__name__}.{self.name}", value), self.check)
-        setting.__set_name__(owner, self.name)
-        return setting
 
 
 class Channel:
@@ -85,9 +46,6 @@ class Channel:
         "_state",
         "_turn",
     )
-
-    #: (state, event) -> state; what is missing is not allowed.
-    _moves: ClassVar[dict[tuple[State, Event], State]] = {}
 
     #: The settings of this class by name.
     _settings: ClassVar[dict[str, Setting[Any]]] = {}
@@ -115,7 +73,7 @@ class Channel:
         self._context: Any = None
         self._greenlet: Any = None
         self._turn = 0
-        self._posted: list[tuple[str, tuple[Any, ...]]] = []
+        self._posted: list[tuple[str, tuple[Any, ...]]] | None = None
         self._failing: str | None = None
         self._close_reason: CloseReason | None = None
         self._close_error: BaseException | None = None
@@ -229,8 +187,13 @@ class Channel:
 
     def _post(self, name: str, *args: Any) -> None:
         """Have the callback `name` called in the channel's own greenlet, after what it does now."""
-        self._posted.append((name, args))
+        self._keep_posted(name, *args)
         self._alert()
+
+    def _keep_posted(self, name: str, *args: Any) -> None:
+        if self._posted is None:
+            self._posted = []
+        self._posted.append((name, args))
 
     def _alert(self) -> None:
         """Make the channel's greenlet look at what was posted; start one if there is none."""
@@ -260,8 +223,13 @@ class Channel:
     def _run_posted(self) -> None:
         """Call the posted callbacks, in order, in the channel's own greenlet."""
         while self._posted:
-            name, args = self._posted.pop(0)
-            self._call(name, *args)
+            posted, self._posted = self._posted, None
+            for name, args in posted:
+                self._call(name, *args)
+            if self._posted and self._state is not CLOSED:
+                # Posted by what was just called, and so may the next be: the others get their turn.
+                self._engine._loop.run_callback(self._wake, self._turn + 1)
+                self._wait()
 
     def _live(self, argument: Any) -> None:
         """The greenlet of the callbacks: by default it ends when nothing is posted any more."""
@@ -275,10 +243,10 @@ class Channel:
 
     def _move(self, event: Event) -> None:
         """Go to the next state; the only place that changes it."""
-        state = self._moves.get((self._state, event))
-        if state is None:
-            raise ChannelStateError(f"{event.value} makes no sense on {self!r}")
-        self._state = state
+        raise NotImplementedError
+
+    def _refuse_move(self, event: Event) -> NoReturn:
+        raise ChannelStateError(f"{event.value} makes no sense on {self!r}") from None
 
     def _shut(self, reason: CloseReason, error: BaseException | None = None) -> None:
         """Close now, for `reason`; does nothing on a closed channel."""

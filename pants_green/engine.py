@@ -19,14 +19,17 @@ from typing import Any
 import gevent
 from gevent import monkey
 from gevent.event import Event
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 
-from pants_green._timers import Timer, TimerHeap, next_beat
+from pants_green._pool import Pool, Worker
+from pants_green._scheduler import HubTimer, Scheduler
+from pants_green._timers import Timer
 from pants_green.errors import ChannelStateError, WrongThreadError
 
 __all__ = [
     "Engine",
     "Timer",
+    "Worker",
     "call_from_thread",
     "callback",
     "cycle",
@@ -40,141 +43,13 @@ __all__ = [
 
 log = logging.getLogger("pants_green.engine")
 
-#: Seconds between two runs of a loop function while nothing else happens.
-LOOP_INTERVAL = 0.02
-
 #: Dirty streams from which on a read loop flushes them all between two batches, instead of the next hub turn.
 FLUSH_AT = 16
-
-#: Idle greenlets that are kept for the next connection; each holds some 7 KB.
-FREE_LIMIT = 256
 
 # What a thread is, also in a monkey-patched process, where threading's own functions tell greenlets apart.
 _get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 _instances: Any = monkey.get_original("_thread", "_local")()
 _first_instance: "Engine | None" = None
-
-
-class Worker(greenlet):
-    """A greenlet that runs one job after another: a connection's life, a timer, a server's callbacks.
-
-    Recycled because a new greenlet costs an mmap of its Python stack (connect-echo-close 1.39 times faster). It may be
-    used again only if nothing of the last job clings to it; see `Pool.take`.
-
-    Attributes:
-        offered: the accepted socket, and its addresses, that a Stream made in this greenlet may take over.
-        claimed: the Stream that did.
-    """
-
-    __slots__ = ("_pool", "claimed", "offered")
-
-    def __init__(self, pool: "Pool") -> None:
-        super().__init__(parent=pool.hub)
-        self._pool = pool
-        self.offered: Any = None
-        self.claimed: Any = None
-
-    def run(self, job: Callable[[Any], object], argument: Any) -> None:
-        """Run jobs until the pool has enough idle greenlets, or something is thrown into this one while it is idle."""
-        pool = self._pool
-        while True:
-            try:
-                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
-                job(argument)
-            except BaseException as error:
-                pool.on_escape(error)
-            del job, argument
-            if self.__dict__:
-                self.__dict__.clear()
-            if not pool.put(self):
-                return
-            try:
-                task = pool.to_hub()
-            except BaseException:
-                # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
-                return
-            if type(task) is not tuple or len(task) != 2:
-                return  # somebody kept its switch
-            job, argument = task
-            del task
-
-
-class Pool:
-    """Free greenlets.
-
-    Attributes:
-        limit: how many idle ones are kept.
-        made: how many were ever made.
-    """
-
-    __slots__ = ("_fresh", "_free", "hub", "limit", "made", "on_escape", "to_hub")
-
-    def __init__(self, hub: Any, on_escape: Callable[[BaseException], None]) -> None:
-        self.hub = hub
-        self.on_escape = on_escape
-        # The raw switch: gevent's hub.switch() costs 1 % in ping-pong and checks nothing that matters here.
-        self.to_hub: Callable[[], Any] = greenlet.switch.__get__(hub)
-        self.limit = FREE_LIMIT
-        self.made = 0
-        self._free: list[Worker] = []
-        self._fresh: tuple[int, int] | None = None
-
-    def take(self) -> Worker:
-        """Return a greenlet that waits for a job and to which nothing of an earlier one clings. Hub only."""
-        if self._fresh is None:
-            self._fresh = self._measure_fresh()
-        while self._free:
-            worker, references, weak_references = self._pop()
-            if worker.dead:
-                continue
-            if (references, weak_references) == self._fresh:
-                if worker.gr_context is not None:
-                    worker.gr_context = None
-                return worker
-            # In a patched process one log call is enough to make gevent keep a dummy thread for the greenlet.
-            if threading._active.pop(id(worker), None) is not None:  # type: ignore[attr-defined]
-                self._free.append(worker)
-            del worker
-        self.made += 1
-        return Worker(self)
-
-    def put(self, worker: Worker) -> bool:
-        """Keep a greenlet that has done its job, unless there are enough."""
-        if len(self._free) >= self.limit:
-            return False
-        self._free.append(worker)
-        return True
-
-    def clear(self) -> list[Worker]:
-        """Give up all free greenlets and return them."""
-        free, self._free = self._free, []
-        return free
-
-    def __len__(self) -> int:
-        return len(self._free)
-
-    def _pop(self) -> tuple[Worker, int, int]:
-        """Take a free greenlet out and count what refers to it, strongly and weakly.
-
-        A pending Timeout or kill and a held lock keep a strong reference, a gevent.local a weak one. Counted when the
-        greenlet is taken and not when it is put back: a wake-up that was asked for holds one until it is delivered.
-        """
-        worker = self._free.pop()
-        return worker, sys.getrefcount(worker), weakref.getweakrefcount(worker)
-
-    def _measure_fresh(self) -> tuple[int, int]:
-        """Count what refers to a greenlet that has done nothing, by the same call as later."""
-        kept, self._free = self._free, []
-        Worker(self).switch(_nothing_with, None)
-        _, references, weak_references = self._pop()
-        self._free = kept
-        return references, weak_references
-
-
-class HubTimer(Timer):
-    """A timer of the library's own: runs in the hub, waits for nothing, calls no user code."""
-
-    __slots__ = ()
 
 
 class Engine:
@@ -195,12 +70,7 @@ class Engine:
         self._flush_at = FLUSH_AT
         self._roots: set[Any] = set()
         self._lingering: set[Any] = set()
-        self._timers = TimerHeap()
-        self._alarm: Any = None
-        self._alarm_at = math.inf
-        self._loops: list[Timer] = []
-        self._loop_count = 0
-        self._loop_watchers: tuple[Any, ...] = ()
+        self._scheduler: Any = None
         self._pollers: list[Event] = []
         self._from_threads: list[Timer] = []
         self._runner: Any = None
@@ -222,7 +92,7 @@ class Engine:
         if self._hub is None:
             return "<Engine, not used yet>"
         running = "running" if self._runner is not None else "not running"
-        return f"<Engine {running}, {len(self.channels)} channels, {len(self._timers)} timers>"
+        return f"<Engine {running}, {len(self.channels)} channels, {len(self._scheduler)} timers>"
 
     # ---- running
 
@@ -323,14 +193,7 @@ class Engine:
             TypeError: `function` is not callable.
         """
         timer = self._timer("loop", function, args, kwargs)
-        self._loops.append(timer)
-        self._loop_count += 1
-        if not self._loop_watchers:
-            turn = self._loop.prepare()
-            beat = self._loop.timer(LOOP_INTERVAL, LOOP_INTERVAL)
-            self._loop_watchers = (turn, beat)
-            turn.start(self._run_loops)
-            beat.start(_nothing)
+        self._scheduler.each_turn(timer)
         return timer
 
     def defer(self, delay: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
@@ -351,10 +214,9 @@ class Engine:
         delay, function = _in_order("defer", delay, function)
         timer = self._timer("defer", function, args, kwargs)
         if delay == 0:
-            self._loop.run_callback(self._start_timer, timer)
+            self._scheduler.soon(timer)
         else:
-            timer.when = self._clock() + delay
-            self._push(timer)
+            self._scheduler.after(delay, timer)
         return timer
 
     def cycle(self, interval: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
@@ -377,8 +239,7 @@ class Engine:
             raise ValueError("cycle() takes an interval of more than 0 seconds; to run once per hub turn use loop()")
         timer = self._timer("cycle", function, args, kwargs)
         timer.interval = interval
-        timer.when = self._clock() + interval
-        self._push(timer)
+        self._scheduler.after(interval, timer)
         return timer
 
     # ---- threads
@@ -433,12 +294,22 @@ class Engine:
         self._thread = ident
         self._hub = gevent.get_hub()
         self._pool = Pool(self._hub, self._escaped)
+        self._scheduler = Scheduler(self, self._hub.loop)
         # Last: other threads that call call_from_thread look at it to see whether there is anybody to wake.
         self._loop = self._hub.loop
         _bound.add(self)
         _register_fork_handler()
         if self._from_threads:
             self._loop.run_callback(self._start_from_threads)
+
+    def _timer(self, what: str, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
+        self._enter()
+        _check_callable(what, function)
+        return Timer(function, args, kwargs, context=contextvars.copy_context())
+
+    def _start_from_threads(self) -> None:
+        while self._from_threads:
+            self._scheduler.start(self._from_threads.pop(0))
 
     # ---- greenlets
 
@@ -480,107 +351,11 @@ class Engine:
         if self._runner is not None and self._stopping:
             self._runner.switch()
 
-    # ---- running timers
-
-    def _timer(self, what: str, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
-        self._enter()
-        _check_callable(what, function)
-        return Timer(function, args, kwargs, context=contextvars.copy_context())
-
     def _in_hub_after(self, delay: float, function: Callable[..., object], *args: Any) -> Timer:
         """Run a function of the library's own in the hub, `delay` seconds from now."""
-        timer = HubTimer(function, args, when=self._clock() + delay)
-        self._push(timer)
+        timer = HubTimer(function, args)
+        self._scheduler.after(delay, timer)
         return timer
-
-    def _push(self, timer: Timer) -> None:
-        self._timers.push(timer)
-        if timer.when < self._alarm_at:
-            self._arm(timer.when)
-
-    def _arm(self, when: float) -> None:
-        """Have the hub call _alarmed at `when`, or a little earlier: the heap is asked again then."""
-        if self._alarm is not None:
-            self._alarm.stop()
-            self._alarm.close()
-        self._alarm_at = when
-        self._alarm = self._loop.timer(max(when - self._clock(), 0.0))
-        # update: the hub's own notion of now is as old as the current turn.
-        self._alarm.start(self._alarmed, update=True)
-
-    def _alarmed(self) -> None:
-        self._alarm_at = math.inf
-        try:
-            now = self._clock()
-            while (timer := self._timers.pop_due(now)) is not None:
-                if isinstance(timer, HubTimer):
-                    function, args = timer.function, timer.args
-                    timer.function = None
-                    if function is not None:
-                        function(*args)
-                else:
-                    self._start_timer(timer)
-        finally:
-            due = self._timers.next_due()
-            if due is not None and due < self._alarm_at:
-                self._arm(due)
-
-    def _start_timer(self, timer: Timer) -> None:
-        if timer.function is not None:
-            self._run(self._run_timer, timer, timer.context)
-
-    def _run_timer(self, timer: Timer) -> None:
-        """Run a timer, in its greenlet; a cycle goes back into the heap afterwards."""
-        function = timer.function
-        if function is None:
-            return
-        if timer.interval is None:
-            timer.function = None
-        self._call(function, timer)
-        if timer.interval is not None and timer.function is not None:
-            timer.when = next_beat(timer.when, timer.interval, self._clock())
-            self._push(timer)
-
-    def _run_loops(self) -> None:
-        """Run every loop function that is not running still. Hub only, once per turn."""
-        # What the functions write leaves below, without another turn: a loop function that writes would never let the hub rest.
-        asked, self._flush_asked = self._flush_asked, True
-        ready, self._loops = self._loops, []
-        try:
-            for timer in ready:
-                self._run(self._run_loop, timer, timer.context)
-        finally:
-            self._flush_asked = asked
-        if self._dirty:
-            self._flush_dirty()
-        if not self._loop_count:
-            for watcher in self._loop_watchers:
-                watcher.stop()
-                watcher.close()
-            self._loop_watchers = ()
-
-    def _run_loop(self, timer: Timer) -> None:
-        function = timer.function
-        if function is not None:
-            self._call(function, timer)
-        if timer.function is not None:
-            self._loops.append(timer)
-        else:
-            self._loop_count -= 1
-
-    def _call(self, function: Callable[..., object], timer: Timer) -> None:
-        args, kwargs = timer.args, timer.kwargs
-        try:
-            function(*args, **kwargs)
-        except (KeyboardInterrupt, SystemExit) as error:
-            self._interrupt(error)
-        except BaseException as error:
-            name = getattr(function, "__qualname__", repr(function))
-            log.error("%s, run by a timer, raised %r", name, error, exc_info=error, extra={"event": "timer_error"})
-
-    def _start_from_threads(self) -> None:
-        while self._from_threads:
-            self._start_timer(self._from_threads.pop(0))
 
     # ---- the flush
 
@@ -608,6 +383,17 @@ class Engine:
             dirty[:0] = streams
             if dirty and not self._flush_asked:
                 self._ask_flush()
+
+    def _turn(self) -> None:
+        """Hub, once per turn while there are loop functions: run them, and send what they wrote."""
+        # Without another turn for the flush: a loop function that writes would never let the hub rest.
+        asked, self._flush_asked = self._flush_asked, True
+        try:
+            self._scheduler.run_loops()
+        finally:
+            self._flush_asked = asked
+        if self._dirty:
+            self._flush_dirty()
 
     def _batch_done(self) -> None:
         """A read loop has delivered a batch and found `_flush_at` or more dirty streams."""
@@ -670,10 +456,6 @@ def _thread_name(ident: int) -> str:
 
 
 def _nothing() -> None:
-    pass
-
-
-def _nothing_with(argument: Any) -> None:
     pass
 
 

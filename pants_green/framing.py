@@ -153,10 +153,9 @@ class Inbox:
         """
         if self.data:
             self.append(data)
-            if isinstance(self.data, bytearray):
-                if framer.find(self.data, self.start, self.searched) is None:
-                    self.searched = len(self.data) - self.start
-                    return iter(())
+            if isinstance(self.data, bytearray) and framer.find(self.data, self.start, self.searched) is None:
+                self.searched = len(self.data) - self.start
+                return iter(())
             data = self.take_all()
         self.batch, self.data = framer.split(data)
         return self.batch

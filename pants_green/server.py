@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from greenlet import getcurrent
 
 from pants_green import _sockets
-from pants_green._address import Address, format_address, parse_listen
-from pants_green._lifecycle import CLOSED, CONNECTED, LISTENING, SERVER_MOVES, CloseReason, Event, State
+from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
+from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError
 from pants_green.stream import Stream
@@ -40,7 +40,6 @@ class StreamServer(Channel):
     #: Whether `_children` knows the streams that stand on this server; else the engine does.
     _keeps_streams: ClassVar[bool] = False
 
-    _moves = SERVER_MOVES
     _logger = logging.getLogger("pants_green.server")
 
     def __init__(self, *, engine: Any = None) -> None:
@@ -55,7 +54,7 @@ class StreamServer(Channel):
 
     def listen(
         self,
-        address: Any = 8080,
+        address: Any = NOT_GIVEN,
         *legacy: Any,
         backlog: int | None = None,
         slave: bool | None = None,
@@ -66,7 +65,7 @@ class StreamServer(Channel):
         """Bind, listen and accept. ``on_listen`` is called before this returns.
 
         Args:
-            address: a port; ``(host, port)``; ``(host, port, flowinfo, scope_id)`` for IPv6; the path of a Unix socket. Port 0
+            address: a port, 8080 by default; ``(host, port)``; ``(host, port, flowinfo, scope_id)`` for IPv6; the path of a Unix socket. Port 0
                 takes a free one. A name is listened on at all its addresses.
             *legacy: ``listen(address, backlog, slave)``, or the oldest ``listen(port, host, backlog)``.
             backlog: connections that may wait to be accepted, 1024 by default.
@@ -93,7 +92,7 @@ class StreamServer(Channel):
         self._socket = self._listeners[0].socket
         self._local = self._listeners[0].sockaddr
         self._context = contextvars.copy_context()
-        self._move(Event.LISTEN)
+        self._move(LISTEN)
         self._engine._roots.add(self)
         self._start_accepting()
         self._log(logging.INFO, "listening", event="listen")
@@ -145,8 +144,7 @@ class StreamServer(Channel):
     def _accept_failed(self, error: OSError) -> None:
         """Hub: no connection could be taken. Come back later if the machine is exhausted, else give up."""
         if error.errno not in _sockets.EXHAUSTED:
-            self._posted.append(("on_error", (error,)))
-            self._alert()
+            self._post("on_error", error)
             self._stop_accepting()
             return
         if not self._back_off:
@@ -188,8 +186,8 @@ class StreamServer(Channel):
             stream._disown(CloseReason.CALLBACK_ERROR)
         sock.close()
 
-    def _follow(self, stream: Stream, was_connected: bool, state: State) -> None:
-        """A stream that stands on this server has moved."""
+    def _place(self, stream: Any, state: State) -> None:
+        """A stream that stands on this server has moved to `state`."""
 
     # ---- callbacks
 
@@ -230,7 +228,7 @@ class StreamServer(Channel):
         self._engine._enter()
         self._close_reason = reason
         self._close_error = error
-        self._move(Event.CLOSE)
+        self._move(CLOSE)
         if self._paused is not None:
             self._paused.cancel()
         self._stop_accepting()
@@ -241,6 +239,12 @@ class StreamServer(Channel):
         self._forget_if_done()
         self._log(logging.INFO, "closed", event="close")
         self._post("on_close")
+
+    def _move(self, event: Event) -> None:
+        try:
+            self._state = SERVER_MOVES[self._state, event]
+        except KeyError:
+            self._refuse_move(event)
 
     def _forget_if_done(self) -> None:
         """Let the engine forget a closed server; but it knows the connections that are left through it."""
@@ -341,26 +345,39 @@ class Server(StreamServer):
         self.channels = Channels()
         self._settling: set[Stream] = set()
 
-    def handle_accept(self, sock: Any, addr: Any) -> None:
-        """Wrap the socket in an instance of ``ConnectionClass``, which joins ``channels``.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.on_accept is Server.on_accept and cls.handle_accept is not StreamServer.handle_accept:
+            cls.on_accept = StreamServer.on_accept  # type: ignore[method-assign]
 
-        As every ``on_accept`` it runs in the greenlet of the connection.
+    def on_accept(self, sock: Any, addr: Any) -> None:
+        """A connection was accepted: wrap it in an instance of ``ConnectionClass``, which joins ``channels``.
+
+        *When*: for each connection.
+        *Runs in*: the greenlet of that connection; it may block, and the others go on.
+        *Socket*: open. A subclass that does not call this does with it what it likes.
+
+        Args:
+            sock: a gevent socket.
+            addr: the peer's address, ``(host, port)`` or with four elements for IPv6.
         """
         self.ConnectionClass(socket=sock, server=self)
 
-    def _follow(self, stream: Stream, was_connected: bool, state: State) -> None:
-        """A stream of ours has moved: keep it where it belongs, among the connected or the others that are not closed."""
-        if state in CONNECTED:
-            if not was_connected:
-                self.channels[_sockets.descriptor_of(stream._socket)] = stream
-        elif was_connected:
-            del self.channels[_sockets.descriptor_of(stream._socket)]
-            if state is not CLOSED:
-                self._settling.add(stream)
-        elif state is CLOSED:
-            self._settling.discard(stream)
-        if self._state is CLOSED:
-            self._forget_if_done()
+    def _place(self, stream: Any, state: State) -> None:
+        """Keep a stream of ours where it belongs: among the connected, among those that end, or nowhere."""
+        if state is OPEN:
+            stream._key = key = _sockets.descriptor_of(stream._socket)
+            self.channels[key] = stream
+        elif not state.connected:
+            if stream._key is not None:
+                del self.channels[stream._key]
+                stream._key = None
+                if state is not CLOSED:
+                    self._settling.add(stream)
+            elif state is CLOSED:
+                self._settling.discard(stream)
+            if self._state is CLOSED:
+                self._forget_if_done()
 
     def _children(self) -> Iterable[Channel]:
         return [*self.channels.values(), *self._settling]

@@ -2,53 +2,54 @@
 
     socket -> read loop -> (TLS) -> splitter -> on_read -> write() -> outbox -> (TLS) -> socket
 
-This file reads in that order: Opening, Reading, Writing, Closing. How bytes become chunks is in ``framing``, what waits to
-be sent in ``_outbox``, what may follow what in ``_lifecycle``. Listening and dialling are in ``server`` and ``client``'s
-base: a Stream can dial by itself.
+This file reads in that order: Opening, Reading, Writing, Closing. What a stream is made of is in ``_stream_state``, what its
+user may override in ``_callbacks``, how bytes become chunks in ``framing``, what waits to be sent in ``_outbox``, what may
+follow what in ``_lifecycle``. Accepting is in ``server``.
 """
 
 import contextvars
 import logging
-import os
 import socket as stdlib_socket
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
 
 from pants_green import _sockets
-from pants_green._address import Address, format_address, parse_connect
+from pants_green._address import Address, parse_connect
+from pants_green._callbacks import StreamCallbacks
+from pants_green._dialling import dial
 from pants_green._lifecycle import (
+    CLOSE,
     CLOSED,
-    CONNECTED,
+    CONNECT,
     CONNECTING,
     DRAINING,
+    END,
     ENDING,
+    ESTABLISH,
+    FINISH_OUTPUT,
+    INPUT_ENDED,
+    INPUT_ENDED_HALF_OPEN,
     NEW,
     OPEN,
     READ_ONLY,
-    STREAM_MOVES,
-    WRITABLE,
     WRITE_ONLY,
     CloseReason,
-    Event,
 )
 from pants_green._linger import Linger
-from pants_green._outbox import Outbox
-from pants_green.channel import STARTING, Channel, Setting
-from pants_green.engine import Worker
-from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow, StreamConnectError
-from pants_green.framing import NOTHING, Framer, Inbox, framer_for
+from pants_green._pool import Worker
+from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, StreamState, unheard
+from pants_green.channel import STARTING
+from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow
+from pants_green.framing import NOTHING, Framer
 
 if TYPE_CHECKING:
     from pants_green.server import Server
 
 __all__ = ["Stream"]
 
-KIB = 1024
-
-#: Sizes of a receive in bytes. It begins small, grows fourfold after each one that was filled, and falls back after
-#: one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
-RECEIVE_LEAST = 4 * KIB
+#: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and fall back to the smallest
+#: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
 RECEIVE_MOST = 256 * KIB
 
 #: Seconds for which a stream that fills every receive goes on before the others get their turn. Shorter turns are fairer
@@ -62,47 +63,10 @@ FLUSH_OWN = 16 * KIB
 #: Sends in a row by one flush, before the kernel is asked again whether there is room.
 SENDS_IN_A_ROW = 4
 
-#: What stands in the place of the delimiter when there is more to look at than the next chunk: something was posted, or the
-#: stream is not read any more. So the hot loop has one identity check per chunk.
-INTERRUPTED: Any = type("Interrupted", (), {"__slots__": (), "__repr__": lambda self: "<interrupted>"})()
-
-#: What stands in the place of the outbox's list while nothing may be written.
-REFUSED: Any = ()
+FORKED = CloseReason.FORKED
 
 
-def _byte_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is a number of bytes, an int, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} is a number of bytes and at least 1, not {value}")
-    return value
-
-
-def _delimiter(name: str, value: Any) -> Any:
-    framer_for(value)
-    return value
-
-
-class ReadDelimiter(Setting[Any]):
-    """What ends a chunk; setting it takes effect with the very next chunk."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        current = instance._read_delimiter
-        if value is current or (type(value) is type(current) and value == current):
-            return
-        framer = framer_for(value)
-        instance._read_delimiter = value
-        instance._framer = framer
-        if instance._active is not INTERRUPTED:
-            instance._active = framer
-        inbox = instance._inbox
-        inbox.forget_search()
-        if inbox and instance._turn & 1:
-            # It waits for more, but by the new delimiter it may have a chunk already.
-            instance._interrupt()
-
-
-class Stream(Channel):
+class Stream(StreamState):
     """A connection over which bytes flow in order: dialled with ``connect()`` or accepted by a server.
 
     Every stream that is open has one greenlet; all its callbacks run there, one at a time: ``on_connect`` first,
@@ -118,84 +82,12 @@ class Stream(Channel):
         TypeError: `socket` is no gevent stream socket, or `engine` no engine.
     """
 
-    __slots__ = (
-        "_active",
-        "_buffer_size",
-        "_framer",
-        "_high_water",
-        "_inbox",
-        "_low_water",
-        "_out",
-        "_outbox",
-        "_peer_ended",
-        "_read_delimiter",
-        "_reader",
-        "_receive_size",
-        "_recv",
-        "_remote",
-        "_remote_override",
-        "_room_at",
-        "_send",
-        "_sending",
-        "_server",
-        "_told",
-        "_writer",
-    )
-
-    _moves = STREAM_MOVES
-    _logger = logging.getLogger("pants_green.stream")
-
-    #: What ends a chunk. None: whatever arrives is delivered at once. bytes or str (UTF-8): everything before it, without
-    #: it. int: so many bytes. On the class or on an instance; in a callback it holds from the next chunk on.
-    read_delimiter = ReadDelimiter(None, _delimiter)
-
-    #: Bytes that may wait for their delimiter; more are an overflow. A size given as delimiter raises it to itself.
-    buffer_size: Setting[int] = Setting(64 * KIB, _byte_count)
-
-    #: Bytes in the outbox above which a stream whose callbacks answer input by output stops reading, and below which it
-    #: reads on.
-    high_water: Setting[int] = Setting(256 * KIB, _byte_count)
-    low_water: Setting[int] = Setting(64 * KIB, _byte_count)
-
-    #: Whether the stream stays open, for writing, when the peer has ended its side.
-    allow_half_open: ClassVar[bool] = False
-
-    #: The values of the settings above that a new instance begins with.
-    _initial: ClassVar[tuple[Any, ...]]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._prepare()
-
-    @classmethod
-    def _prepare(cls) -> None:
-        """Work out once for the class what every instance would have to look up."""
-        delimiter = cls.read_delimiter
-        framer = framer_for(delimiter)
-        cls._initial = (delimiter, framer, framer, cls.buffer_size, cls.high_water, cls.low_water)
-        if cls.on_write is Stream.on_write and cls.handle_write is not Stream.handle_write:
-            cls.on_write = _hand_on  # type: ignore[method-assign]
+    __slots__ = ()
 
     # ---- Opening
 
     def __init__(self, socket: Any = None, server: "Server | None" = None, *, engine: Any = None) -> None:
-        super().__init__(server._engine if engine is None and server is not None else engine)
-        self._read_delimiter, self._framer, self._active, self._buffer_size, self._high_water, self._low_water = self._initial
-        self._server = server
-        self._remote: Any = None
-        self._remote_override: Any = None
-        self._inbox = Inbox()
-        self._receive_size = RECEIVE_LEAST
-        self._peer_ended = False
-        self._outbox = Outbox()
-        self._out: Any = REFUSED
-        self._sending = False
-        self._room_at = -1
-        self._told = False
-        self._recv: Any = None
-        self._send: Any = None
-        self._reader: Any = None
-        self._writer: Any = None
+        super().__init__(server, engine)
         if socket is not None:
             self._take_over(socket)
 
@@ -219,7 +111,8 @@ class Stream(Channel):
             self._engine._roots.add(self)
             self._context = contextvars.copy_context()
             self._alert()
-        self._use(socket, _sockets.ports_of(socket))
+        self._socket = socket
+        self._recv, self._send, self._reader, self._writer = _sockets.ports_of(socket)
 
     def _use(self, socket: Any, ports: _sockets.Ports) -> None:
         """Bind the world to which reading and flushing speak."""
@@ -245,9 +138,9 @@ class Stream(Channel):
         """
         parsed = parse_connect(address, port)
         if self._state is not NEW or self._socket is not None:
-            raise ChannelStateError(f"connect() on {self!r}: it has been used already; make a new {type(self).__name__} for every connection")
+            raise ChannelStateError(f"connect() on {self!r}: it has been used before; make a new {type(self).__name__} for each connection")
         self._engine._enter()
-        self._move(Event.CONNECT)
+        self._move(CONNECT)
         self._remote = parsed.sockaddr
         self._context = contextvars.copy_context()
         self._engine._roots.add(self)
@@ -255,87 +148,41 @@ class Stream(Channel):
         self._engine._run_soon(self._live, parsed, self._context)
         return self
 
-    def _live(self, dial: Address | None = None) -> None:
+    def _live(self, address: Address | None) -> None:
         """The life of a stream, in its own greenlet: open, read, drain, close."""
         self._greenlet = getcurrent()
         try:
-            if dial is not None and self._state is CONNECTING:
-                self._dial(dial)
+            if address is not None and self._state is CONNECTING:
+                failure = dial(self, address)
+                if failure is not None:
+                    self._shut(CloseReason.CONNECT_FAILED, failure)
+                    self._call("on_connect_error", failure)
             if self._socket is not None:
-                self._move(Event.ESTABLISH)
-                self._call("on_connect")
+                self._move(ESTABLISH)
+                try:
+                    self.on_connect()
+                except BaseException as error:
+                    self._failed("on_connect", error)
                 self._read_loop()
-                self._serve_output()
+                if self._state is not CLOSED:
+                    self._serve_output()
         except BaseException as error:
             # Thrown into a wait of ours: what user code raises has been dealt with where it was called.
             self._struck(error)
         try:
-            self._run_posted()
+            if self._posted:
+                self._run_posted()
             self._told = True
-            if self._close_reason is not CloseReason.FORKED:
-                self._call("on_close")
+            if self._close_reason is not FORKED:
+                try:
+                    self.on_close()
+                except BaseException as error:
+                    self._failed("on_close", error)
         finally:
             self._greenlet = None
             self._context = None
-            self._inbox.take_all()
-
-    def _dial(self, address: Address) -> None:
-        """Try the addresses of a host in turn; on failure close and tell on_connect_error."""
-        error: OSError | None = None
-        try:
-            addresses = self._look_up(address) if address.needs_lookup else [address]
-        except OSError as failed:
-            addresses, error = [], failed
-        for one in addresses:
-            if self._state is not CONNECTING:
-                return
-            try:
-                socket, code = _sockets.dial(one)
-            except OSError as failed:
-                error = failed
-                continue
-            self._use(socket, _sockets.ports_of(socket))
-            if _sockets.in_progress(code):
-                self._wait(self._writer)
-                if self._state is not CONNECTING:
-                    return
-                code = _sockets.dial_result(socket)
-            if code == 0:
-                self._remote = one.sockaddr
-                self._local = _sockets.local_sockaddr(socket)
-                return
-            error = OSError(code, os.strerror(code))
-            self._drop_socket()
-        if self._state is CONNECTING:
-            self._dial_failed(address, error)
-
-    def _look_up(self, address: Address) -> list[Address]:
-        """Look a name up in a greenlet of its own, for the resolver's wait cannot be woken by a close()."""
-        found: list[Any] = []
-
-        def look_up(address: Address) -> None:
-            try:
-                found.append(_sockets.resolve(address))
-            except BaseException as error:
-                found.append(error)
-            self._interrupt()
-
-        self._engine._run_soon(look_up, address, self._context)
-        while not found:
-            self._wait()
-            if self._state is not CONNECTING:
-                return []
-        if isinstance(found[0], BaseException):
-            raise found[0]
-        return list(found[0])
-
-    def _dial_failed(self, address: Address, cause: OSError | None) -> None:
-        code = cause.errno if cause is not None else None
-        reason = (cause.strerror or str(cause)) if cause is not None else "no address was found"
-        error = StreamConnectError(code, f"cannot connect to {format_address(address.sockaddr)}: {reason}")
-        error.__cause__ = cause
-        self._shut(CloseReason.CONNECT_FAILED, error)
-        self._call("on_connect_error", error)
+            if self._inbox.data:
+                self._inbox.take_all()
 
     # ---- Reading
 
@@ -473,47 +320,40 @@ class Stream(Channel):
             self._shut(CloseReason.OVERFLOW, self._overflow(waiting))
 
     def _allowed(self) -> int:
-        framer = self._framer
-        return self._buffer_size if framer is None else max(self._buffer_size, framer.least)
+        limit: int = self._buffer_size
+        return limit if self._framer is None else max(limit, self._framer.least)
 
     def _overflow(self, waiting: int) -> StreamBufferOverflow:
         allowed = self._allowed()
-        return StreamBufferOverflow(
-            f"{waiting} bytes wait for the read_delimiter {self._read_delimiter!r} on {self!r}; buffer_size allows {allowed}", waiting, allowed
-        )
+        message = f"{waiting} bytes wait for the read_delimiter {self._read_delimiter!r} on {self!r}; buffer_size allows {allowed}"
+        return StreamBufferOverflow(message, waiting, allowed)
 
     def _attend(self) -> bool:
         """Run what was posted, in the stream's own greenlet, and tell whether reading goes on."""
-        self._run_posted()
+        if self._posted:
+            self._run_posted()
         if self._state is OPEN or self._state is READ_ONLY:
             self._active = self._framer
             return True
         return False
 
-    def _interrupt(self) -> None:
-        """Make the greenlet look up from its reading, wherever it is."""
-        if not self._told:
-            self._active = INTERRUPTED
-            self._alert()
-
-    def _post(self, name: str, *args: Any) -> None:
-        if not self._told:
-            self._active = INTERRUPTED
-            super()._post(name, *args)
-
     def _input_ended(self) -> None:
         """The peer's FIN: every complete chunk has been delivered."""
         self._peer_ended = True
-        rest = self._inbox.take_all()
+        rest = self._inbox.take_all() if self._inbox.data else b""
         self._active = INTERRUPTED
         if self.allow_half_open:
-            self._move(Event.INPUT_ENDED_HALF_OPEN)
+            self._move(INPUT_ENDED_HALF_OPEN)
         else:
+            self._move(INPUT_ENDED)
+        if not self._state.connected:
             self._close_reason = CloseReason.PEER_ENDED
-            self._move(Event.INPUT_ENDED)
         self._call("on_end", rest)
         if self._state is ENDING:
-            self._move(Event.END)
+            if self._outbox.items:
+                self._move(END)
+            else:
+                self._shut(CloseReason.PEER_ENDED)
 
     def _input_failed(self, error: OSError) -> None:
         """A receive failed: nothing more will come, nothing can be sent."""
@@ -526,73 +366,6 @@ class Stream(Channel):
         elif self._state is not CLOSED:
             self._failed("a wait for the peer", error)
             self._shut(CloseReason.CALLBACK_ERROR, error)
-
-    # ---- callbacks of reading
-
-    def on_connect(self) -> None:
-        """The connection stands.
-
-        *When*: first of all callbacks, exactly once.
-        *Runs in*: the stream's own greenlet; it may block, and nothing is read meanwhile.
-        *Socket*: open.
-        """
-        self.handle_connect()
-
-    def on_connect_error(self, exception: StreamConnectError) -> None:
-        """The connection could not be made; by default this is logged.
-
-        *When*: instead of ``on_connect``; ``on_close`` follows.
-        *Runs in*: the stream's own greenlet.
-        *Socket*: closed. To try again make a new stream.
-        """
-        self._log(logging.WARNING, "%s", exception.strerror or exception, event="connect_error")
-
-    def on_read(self, data: bytes) -> None:
-        """A chunk has arrived: as `read_delimiter` cuts it.
-
-        *When*: for each chunk, in order.
-        *Runs in*: the stream's own greenlet; it may block, and nothing more is read meanwhile.
-        *Socket*: open.
-        """
-        self.handle_read(data)
-
-    def on_end(self, rest: bytes) -> None:
-        """The peer has ended its side (FIN); by default nothing is done about `rest`.
-
-        *When*: after the last complete chunk; once; not after a reset or a close from here.
-        *Runs in*: the stream's own greenlet.
-        *Socket*: open for writing. Afterwards what is owed is sent and the stream closes, unless `allow_half_open`.
-
-        Args:
-            rest: the bytes that no delimiter completed.
-        """
-
-    def on_read_error(self, exception: OSError) -> None:
-        """Receiving failed; by default this is logged.
-
-        *When*: once; ``on_close`` follows. The usual ways in which a peer leaves (reset, time-out) come here only if this is
-        overridden; they are `close_reason`.
-        *Runs in*: the stream's own greenlet.
-        *Socket*: closed.
-        """
-        self._log(logging.WARNING, "reading failed: %s", exception, event="read_error")
-
-    def on_overflow_error(self, exception: StreamBufferOverflow) -> None:
-        """More bytes than `buffer_size` wait for their delimiter; by default this is logged and the stream closed.
-
-        *When*: after all complete chunks were delivered. If the delimiter that this leaves, or a larger `buffer_size`, does
-        not help, the stream is closed all the same.
-        *Runs in*: the stream's own greenlet.
-        *Socket*: open.
-        """
-        self._log(logging.WARNING, "%s", exception, event="overflow")
-        self._shut(CloseReason.OVERFLOW, exception)
-
-    def handle_connect(self) -> None:
-        """The oldest name of ``on_connect``."""
-
-    def handle_read(self, data: bytes) -> None:
-        """The oldest name of ``on_read``."""
 
     # ---- Writing
 
@@ -612,7 +385,9 @@ class Stream(Channel):
         out = self._out
         if not out:
             if out is REFUSED:
-                self._refuse_write()
+                self._refuse("write()")
+            if not data:
+                return
             # The first item puts the stream on the list of those to be flushed.
             engine = self._engine
             if not engine._flush_asked:
@@ -627,15 +402,15 @@ class Stream(Channel):
         """The oldest name of ``write``."""
         self.write(data)
 
-    def _refuse_write(self) -> None:
+    def _refuse(self, call: str) -> NoReturn:
         state = self._state
         if state is NEW or state is CONNECTING:
-            hint = "it is not connected yet; write in on_connect or later"
+            hint = "it is not connected yet; do it in on_connect or later"
         elif state is READ_ONLY:
             hint = "write_eof() has ended its output"
         else:
             hint = f"its output has ended ({self._close_reason}); check connected before writing to another channel"
-        raise ChannelClosed(f"write() on {self!r}: {hint}", self)
+        raise ChannelClosed(f"{call} on {self!r}: {hint}", self)
 
     def _as_bytes(self, data: Any) -> bytes:
         if isinstance(data, str):
@@ -653,7 +428,7 @@ class Stream(Channel):
             ChannelClosed: (RuntimeError) the stream is not connected.
         """
         if self._out is REFUSED and self._state is not READ_ONLY and self._state is not DRAINING:
-            self._refuse_write()
+            self._refuse("flush()")
         self._engine._enter()
         self._flush()
 
@@ -692,7 +467,12 @@ class Stream(Channel):
             except AttributeError:
                 heard = True  # a plain function, set on the instance
             if heard:
-                self._post("on_write")
+                self._post("_written")
+
+    def _written(self) -> None:
+        """Posted: everything was sent. Not worth telling if the stream was closed meanwhile."""
+        if self._state is not CLOSED:
+            self._call("on_write")
 
     def _room_made(self) -> None:
         """The outbox has come down to the mark for which somebody waits."""
@@ -712,37 +492,13 @@ class Stream(Channel):
 
     def _wait_for_room(self, mark: int) -> None:
         """Wait, in the stream's own greenlet, until no more than `mark` bytes are pending. Nothing is read meanwhile."""
-        while self._outbox.size > mark and self._state in CONNECTED:
+        while self._outbox.size > mark and self._state.connected:
             self._room_at = mark
             try:
                 self._wait()
             finally:
                 self._room_at = 0 if self._state is READ_ONLY else -1
             self._run_posted()
-
-    # ---- callbacks of writing
-
-    def on_write(self) -> None:
-        """Everything that was written has been handed to the kernel.
-
-        *When*: after each time the outbox got empty, never inside ``write()``.
-        *Runs in*: the stream's own greenlet, after the callback that is running.
-        *Socket*: open.
-        """
-        self.handle_write()
-
-    def on_write_error(self, exception: OSError) -> None:
-        """Sending failed; by default this is logged.
-
-        *When*: once; ``on_close`` follows. The usual ways in which a peer leaves (broken pipe, reset, time-out) come here only
-        if this is overridden; they are `close_reason`.
-        *Runs in*: the stream's own greenlet.
-        *Socket*: closed.
-        """
-        self._log(logging.WARNING, "writing failed: %s", exception, event="write_error")
-
-    def handle_write(self) -> None:
-        """The oldest name of ``on_write``."""
 
     # ---- Closing
 
@@ -753,9 +509,9 @@ class Stream(Channel):
             ChannelClosed: (RuntimeError) the stream is not connected, or its output has ended before.
         """
         self._engine._enter()
-        if self._state not in WRITABLE:
-            self._refuse_write()
-        self._move(Event.FINISH_OUTPUT)
+        if not self._state.writable:
+            self._refuse("write_eof()")
+        self._move(FINISH_OUTPUT)
         if self._state is DRAINING:  # the peer's side has ended before
             self._close_reason = self._close_reason or CloseReason.ENDED_HERE
             self._interrupt()
@@ -804,14 +560,14 @@ class Stream(Channel):
             self._shut(reason)  # not connected yet: nothing is owed
             return
         self._close_reason = self._close_reason or reason
-        self._move(Event.END)
+        self._move(END)
         self._interrupt()
 
     def _serve_output(self) -> None:
         """The input is over. Send what is owed, then say so to the peer and close."""
         while self._state is WRITE_ONLY:
             self._run_posted()
-            if self._state is WRITE_ONLY and not self._posted:
+            if self._state is WRITE_ONLY:
                 self._wait()
         while self._state is DRAINING:
             self._run_posted()
@@ -855,8 +611,8 @@ class Stream(Channel):
         left = error.errno in _sockets.PEER_LEFT
         if left:
             self._log(logging.DEBUG, "the peer left: %s", error, event="peer_left")
-        if not left or self._overrides(callback, Stream):
-            self._posted.append((callback, (error,)))
+        if not left or self._overrides(callback, StreamCallbacks):
+            self._keep_posted(callback, error)
         self._shut(CloseReason.PEER_LEFT if left else CloseReason.IO_ERROR, error)
 
     def _shut(self, reason: CloseReason, error: BaseException | None = None, *, reset: bool = False) -> None:
@@ -865,22 +621,21 @@ class Stream(Channel):
             return
         self._close_reason = reason
         self._close_error = error
-        self._move(Event.CLOSE)
-        dropped = self._outbox.clear()
-        if dropped:
-            self._log(logging.DEBUG, "%d bytes were not sent (%s)", dropped, reason, event="dropped")
-        self._drop_socket(reset)
+        self._move(CLOSE)
+        if self._outbox.items:
+            self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._outbox.clear(), reason, event="dropped")
+        if self._socket is not None:
+            self._drop_socket(reset)
         self._engine._roots.discard(self)
         self._interrupt()
 
     def _drop_socket(self, reset: bool = False) -> None:
         socket = self._socket
-        if socket is not None:
-            self._let_go()
-            if reset:
-                _sockets.abort(socket)
-            else:
-                socket.close()
+        self._let_go()
+        if reset:
+            _sockets.abort(socket)
+        else:
+            _sockets.close(socket)
 
     def _let_go(self) -> None:
         """Part from the socket without closing it. Watchers first: a descriptor must not be closed under one."""
@@ -891,74 +646,12 @@ class Stream(Channel):
         self._sending = False
         self._socket = self._recv = self._send = self._reader = self._writer = None
 
-    def _move(self, event: Event) -> None:
-        before = self._state
-        super()._move(event)
-        after = self._state
-        self._out = self._outbox.items if after in WRITABLE else REFUSED
-        if self._server is not None:
-            self._server._follow(self, before in CONNECTED, after)
-
     def _disown(self, reason: CloseReason) -> None:
         """Close without a word to the user: no callback has run yet, or none may run here."""
+        self._active = INTERRUPTED
         self._told = True
         self._shut(reason)
 
     def _after_fork(self) -> None:
         self._engine._forsaken.append(self._greenlet)
         self._disown(CloseReason.FORKED)
-
-    # ---- what it is
-
-    @property
-    def server(self) -> Any:
-        """The server that accepted this stream; None for one that dialled."""
-        return self._server
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection stands: from just before ``on_connect`` until its end begins."""
-        return self._state in CONNECTED
-
-    @property
-    def connecting(self) -> bool:
-        """Whether ``connect()`` is at work."""
-        return self._state is CONNECTING
-
-    @property
-    def local_address(self) -> Any:
-        """This end's address, ``(host, port)`` or with four elements for IPv6; still known in ``on_close``."""
-        if self._local is None and self._socket is not None and self._state is not CONNECTING:
-            self._local = _sockets.local_sockaddr(self._socket)
-        return self._local
-
-    @property
-    def remote_address(self) -> Any:
-        """The peer's address, ``(host, port)`` or with four elements for IPv6; still known in ``on_close``.
-
-        Assign another to it, and ``del`` it to have the real one back.
-        """
-        return self._remote if self._remote_override is None else self._remote_override
-
-    @remote_address.setter
-    def remote_address(self, address: Any) -> None:
-        self._remote_override = address
-
-    @remote_address.deleter
-    def remote_address(self) -> None:
-        self._remote_override = None
-
-    def _describe(self) -> str:
-        remote = self.remote_address
-        return self._state.value if remote is None else f"{self._state.value} to {format_address(remote)}"
-
-
-def _hand_on(self: Stream) -> None:
-    """``on_write`` of a class that overrides only ``handle_write``."""
-    Stream.on_write(self)
-
-
-#: on_write is posted only if somebody listens: if it is not this function.
-unheard = Stream.on_write
-
-Stream._prepare()

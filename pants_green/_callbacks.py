@@ -1,0 +1,109 @@
+"""The callbacks of a stream: when each is called, where, with what, and what it does unless it is overridden.
+
+Who calls them is in ``stream``.
+"""
+
+import logging
+
+from pants_green._lifecycle import CloseReason
+from pants_green.channel import Channel
+from pants_green.errors import StreamBufferOverflow, StreamConnectError
+
+__all__ = ["StreamCallbacks"]
+
+
+class StreamCallbacks(Channel):
+    """What a subclass of Stream may override, besides ``on_close`` and ``on_error`` of every channel."""
+
+    __slots__ = ()
+
+    # ---- reading
+
+    def on_connect(self) -> None:
+        """The connection stands.
+
+        *When*: first of all callbacks, exactly once.
+        *Runs in*: the stream's own greenlet; it may block, and nothing is read meanwhile.
+        *Socket*: open.
+        """
+        self.handle_connect()
+
+    def on_connect_error(self, exception: StreamConnectError) -> None:
+        """The connection could not be made; by default this is logged.
+
+        *When*: instead of ``on_connect``; ``on_close`` follows.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: closed. To try again make a new stream.
+        """
+        self._log(logging.WARNING, "%s", exception.strerror or exception, event="connect_error")
+
+    def on_read(self, data: bytes) -> None:
+        """A chunk has arrived: as `read_delimiter` cuts it.
+
+        *When*: for each chunk, in order.
+        *Runs in*: the stream's own greenlet; it may block, and nothing more is read meanwhile.
+        *Socket*: open.
+        """
+        self.handle_read(data)
+
+    def on_end(self, rest: bytes) -> None:
+        """The peer has ended its side (FIN); by default nothing is done about `rest`.
+
+        *When*: after the last complete chunk; once; not after a reset or a close from here.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: open for writing. Afterwards what is owed is sent and the stream closes, unless `allow_half_open`.
+
+        Args:
+            rest: the bytes that no delimiter completed.
+        """
+
+    def on_read_error(self, exception: OSError) -> None:
+        """Receiving failed; by default this is logged.
+
+        *When*: once; ``on_close`` follows. The usual ways in which a peer leaves (reset, time-out) come here only if this is
+        overridden; they are `close_reason`.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: closed.
+        """
+        self._log(logging.WARNING, "reading failed: %s", exception, event="read_error")
+
+    def on_overflow_error(self, exception: StreamBufferOverflow) -> None:
+        """More bytes than `buffer_size` wait for their delimiter; by default this is logged and the stream closed.
+
+        *When*: after all complete chunks were delivered. If the delimiter that this leaves, or a larger `buffer_size`, does
+        not help, the stream is closed all the same.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: open.
+        """
+        self._log(logging.WARNING, "%s", exception, event="overflow")
+        self._shut(CloseReason.OVERFLOW, exception)
+
+    def handle_connect(self) -> None:
+        """The oldest name of ``on_connect``."""
+
+    def handle_read(self, data: bytes) -> None:
+        """The oldest name of ``on_read``."""
+
+    # ---- writing
+
+    def on_write(self) -> None:
+        """Everything that was written has been handed to the kernel.
+
+        *When*: after each time the outbox got empty, never inside ``write()``.
+        *Runs in*: the stream's own greenlet, after the callback that is running.
+        *Socket*: open.
+        """
+        self.handle_write()
+
+    def on_write_error(self, exception: OSError) -> None:
+        """Sending failed; by default this is logged.
+
+        *When*: once; ``on_close`` follows. The usual ways in which a peer leaves (broken pipe, reset, time-out) come here only
+        if this is overridden; they are `close_reason`.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: closed.
+        """
+        self._log(logging.WARNING, "writing failed: %s", exception, event="write_error")
+
+    def handle_write(self) -> None:
+        """The oldest name of ``on_write``."""

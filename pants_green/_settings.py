@@ -1,0 +1,55 @@
+"""Attributes of a class that are checked wherever they are set; knows nothing of what they mean."""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
+
+__all__ = ["Setting", "byte_count"]
+
+T = TypeVar("T")
+
+
+class Setting(Generic[T]):
+    """An attribute with a default on the class, overridable in subclasses and on instances, checked wherever it is set.
+
+    Args:
+        default: the value where nothing else is set.
+        check: ``check(name, value)`` returns the value to keep, or raises an error that names the fix.
+    """
+
+    def __init__(self, default: T, check: Callable[[str, Any], T]) -> None:
+        self.check = check
+        self.default = default
+        self.name = "?"
+        self.slot = "?"
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+        self.slot = "_" + name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> T: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> T:
+        if instance is None:
+            return self.default
+        value: T = getattr(instance, self.slot)
+        return value
+
+    def __set__(self, instance: object, value: Any) -> None:
+        setattr(instance, self.slot, self.check(f"{type(instance).__name__}.{self.name}", value))
+
+    def redefined(self, owner: type, value: Any) -> "Setting[T]":
+        """Return the setting that `owner`, a subclass that says ``name = value``, gets in its place."""
+        setting = type(self)(self.check(f"{owner.__name__}.{self.name}", value), self.check)
+        setting.__set_name__(owner, self.name)
+        return setting
+
+
+def byte_count(name: str, value: Any) -> int:
+    """Check a number of bytes of at least 1; for a `Setting`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a number of bytes, an int, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is a number of bytes and at least 1, not {value}")
+    return value
