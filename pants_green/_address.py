@@ -90,7 +90,7 @@ def parse_connect(address: Any, port: Any = None) -> Address:
     if number == 0:
         raise InvalidAddressFormatError(f"port 0 cannot be connected to: {address!r}; give the port that the server listens on")
     if isinstance(address, tuple) and len(address) == 4 and not address[0]:
-        return Address(socket.AF_INET6, ("::1", *parsed.sockaddr[1:]), False)  # type: ignore[arg-type]
+        return Address(socket.AF_INET6, ("::1", *parsed.sockaddr[1:]), False)
     if parsed.sockaddr[0] == "":
         return Address(socket.AF_UNSPEC, ("localhost", number), True)  # type: ignore[arg-type]
     return parsed

@@ -6,9 +6,10 @@ has not read yet. So what comes is read and thrown away until the peer is done, 
 *Source*: RFC 9112 section 9.6; nginx' ``lingering_close``, whose limits these are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from pants_green._sockets import Ports
+from pants_green._sockets import close
 from pants_green.engine import Engine
 
 __all__ = ["Linger"]
@@ -26,16 +27,22 @@ GULP = 256 * 1024
 class Linger:
     """Reads and discards what a peer still sends, then closes the socket."""
 
-    __slots__ = ("_deadline", "_engine", "_heard", "_reader", "_recv", "_socket", "_timer")
+    __slots__ = ("_deadline", "_engine", "_heard", "_reader", "_recv", "_socket", "_timer", "_writer")
 
-    def __init__(self, engine: Engine, socket: Any, ports: Ports) -> None:
+    def __init__(self, engine: Engine, socket: Any, recv: Callable[[int], bytes], reader: Any, writer: Any) -> None:
         self._engine = engine
         self._socket = socket
-        self._recv, _, self._reader, _ = ports
+        self._recv = recv
+        self._reader = reader
+        self._writer = writer
         self._heard = engine._clock()
         self._deadline = self._heard + TOTAL_LIMIT
-        self._timer = engine._in_hub_after(IDLE_LIMIT, self._check)
-        engine._lingering.add(self)
+        self._timer: Any = None
+
+    def start(self) -> None:
+        """Begin, once the stream has let the socket go."""
+        self._engine._lingering.add(self)
+        self._timer = self._engine._in_hub_after(IDLE_LIMIT, self._check)
         self._reader.start(self._discard)
 
     def _discard(self) -> None:
@@ -63,6 +70,5 @@ class Linger:
     def close(self) -> None:
         """Let the peer go now."""
         self._timer.cancel()
-        self._reader.stop()
         self._engine._lingering.discard(self)
-        self._socket.close()
+        close(self._socket, self._reader, self._writer)

@@ -24,7 +24,6 @@ __all__ = [
     "GeventSocket",
     "Listener",
     "Ports",
-    "abort",
     "close",
     "descriptor_of",
     "dial",
@@ -287,26 +286,28 @@ def shutdown_output(sock: Any) -> None:
         pass
 
 
-def close(sock: Any) -> None:
-    """Close a socket on whose watchers nobody waits."""
-    # What gevent's close() does in this case, without looking for waiters: connect-echo-close 1.05 times faster.
-    if type(sock) is not GeventSocket or sock._io_refs or sock._read_event is None:
+def close(sock: Any, reader: Any, writer: Any, *, reset: bool = False) -> None:
+    """Close a socket and its watchers: these first, for a descriptor must not be closed under one.
+
+    Args:
+        reset: send a reset instead of a FIN: what the kernel still holds is not sent.
+    """
+    if reset:
+        try:
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+    if type(sock) is not GeventSocket or sock._io_refs or sock._read_event is not reader:
+        reader.stop()
+        writer.stop()
         sock.close()
         return
+    # What gevent's close() does; but it has to look for waiters, of whom there are none: connect-echo-close 1.05 times faster.
+    reader.close()
+    writer.close()
     sock._closed = True
-    sock._read_event.close()
-    sock._write_event.close()
     sock._read_event = sock._write_event = None
     sock._sock.close()
-
-
-def abort(sock: Any) -> None:
-    """Close a socket with a reset: what the kernel still holds is not sent."""
-    try:
-        sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass
-    sock.close()
 
 
 def descriptor_of(sock: Any) -> int:

@@ -65,8 +65,8 @@ class StreamServer(Channel):
         """Bind, listen and accept. ``on_listen`` is called before this returns.
 
         Args:
-            address: a port, 8080 by default; ``(host, port)``; ``(host, port, flowinfo, scope_id)`` for IPv6; the path of a Unix socket. Port 0
-                takes a free one. A name is listened on at all its addresses.
+            address: a port, 8080 by default; ``(host, port)``; ``(host, port, flowinfo, scope_id)`` for IPv6; the path of a Unix
+                socket. Port 0 takes a free one. A name is listened on at all its addresses.
             *legacy: ``listen(address, backlog, slave)``, or the oldest ``listen(port, host, backlog)``.
             backlog: connections that may wait to be accepted, 1024 by default.
             slave: whether an "any" address serves IPv4 and IPv6 both, as it does by default.

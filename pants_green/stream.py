@@ -60,10 +60,9 @@ TURN = 0.01
 #: A receive of so many bytes flushes its own stream at once: bulk gains nothing by waiting and leaves the cache.
 FLUSH_OWN = 16 * KIB
 
-#: Sends in a row by one flush, before the kernel is asked again whether there is room.
-SENDS_IN_A_ROW = 4
-
+# As plain names, for the same reason as the states.
 FORKED = CloseReason.FORKED
+PEER_ENDED = CloseReason.PEER_ENDED
 
 
 class Stream(StreamState):
@@ -342,18 +341,15 @@ class Stream(StreamState):
         self._peer_ended = True
         rest = self._inbox.take_all() if self._inbox.data else b""
         self._active = INTERRUPTED
-        if self.allow_half_open:
-            self._move(INPUT_ENDED_HALF_OPEN)
-        else:
-            self._move(INPUT_ENDED)
+        self._move(INPUT_ENDED_HALF_OPEN if self.allow_half_open else INPUT_ENDED)
         if not self._state.connected:
-            self._close_reason = CloseReason.PEER_ENDED
+            self._close_reason = PEER_ENDED
         self._call("on_end", rest)
         if self._state is ENDING:
             if self._outbox.items:
                 self._move(END)
             else:
-                self._shut(CloseReason.PEER_ENDED)
+                self._shut(PEER_ENDED)
 
     def _input_failed(self, error: OSError) -> None:
         """A receive failed: nothing more will come, nothing can be sent."""
@@ -438,36 +434,27 @@ class Stream(StreamState):
         items = outbox.items
         if self._sending or not items:
             return  # the write watcher goes on, or an earlier flush has done it
-        sends = 0
-        while True:
-            data = items[0] if len(items) == 1 else outbox.head()
+        try:
+            sent = self._send(items[0] if len(items) == 1 else outbox.head())
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._broken("on_write_error", error)
+            return
+        if sent == outbox.size:
+            items.clear()
+            outbox.size = 0
             try:
-                sent = self._send(data)
-            except BlockingIOError:
-                sent = -1
-            except OSError as error:
-                self._broken("on_write_error", error)
-                return
-            if sent == outbox.size:
-                items.clear()
-                outbox.size = 0
-                break
-            if sent > 0:
-                outbox.sent(sent)
-            sends += 1
-            if sent < len(data) or sends == SENDS_IN_A_ROW:
-                self._sending = True
-                self._writer.start(self._writable)
-                break
+                if self.on_write.__func__ is not unheard:  # type: ignore[attr-defined]
+                    self._post("_written")
+            except AttributeError:
+                self._post("_written")  # a plain function, set on the instance
+        else:
+            outbox.sent(sent)
+            self._sending = True
+            self._writer.start(self._writable)
         if outbox.size <= self._room_at:
             self._room_made()
-        if not items:
-            try:
-                heard = self.on_write.__func__ is not unheard  # type: ignore[attr-defined]
-            except AttributeError:
-                heard = True  # a plain function, set on the instance
-            if heard:
-                self._post("_written")
 
     def _written(self) -> None:
         """Posted: everything was sent. Not worth telling if the stream was closed meanwhile."""
@@ -601,9 +588,9 @@ class Stream(StreamState):
         if not self._peer_ended:
             socket = self._socket
             _sockets.shutdown_output(socket)
-            ports = self._recv, self._send, self._reader, self._writer
+            linger = Linger(self._engine, socket, self._recv, self._reader, self._writer)
             self._let_go()
-            Linger(self._engine, socket, ports)
+            linger.start()
         self._shut(self._close_reason or CloseReason.ENDED_HERE)
 
     def _broken(self, callback: str, error: OSError) -> None:
@@ -630,19 +617,14 @@ class Stream(StreamState):
         self._interrupt()
 
     def _drop_socket(self, reset: bool = False) -> None:
-        socket = self._socket
+        socket, reader, writer = self._socket, self._reader, self._writer
         self._let_go()
-        if reset:
-            _sockets.abort(socket)
-        else:
-            _sockets.close(socket)
+        _sockets.close(socket, reader, writer, reset=reset)
 
     def _let_go(self) -> None:
-        """Part from the socket without closing it. Watchers first: a descriptor must not be closed under one."""
+        """Part from the socket without closing it."""
         if self._local is None:
             self._local = _sockets.local_sockaddr(self._socket)
-        self._reader.stop()
-        self._writer.stop()
         self._sending = False
         self._socket = self._recv = self._send = self._reader = self._writer = None
 

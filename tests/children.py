@@ -27,7 +27,7 @@ class Child:
 
     def __init__(self, *arguments, cwd=None):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             stdin=subprocess.DEVNULL,

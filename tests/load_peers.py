@@ -140,8 +140,8 @@ def crowd(port, count, messages):
 # ---- coming and going
 
 
-def churn(port, cycles, at_once):
-    """Connect, have something echoed, leave: in every manner in which peers leave. The server speaks in lines."""
+def churn(port, cycles, at_once, manners):
+    """Connect, have a line echoed, leave: in the first so many of the seven manners in which peers leave, in turn."""
     wrong = 0
     for begun in range(0, cycles, at_once):
         numbers = range(begun, min(begun + at_once, cycles))
@@ -150,10 +150,12 @@ def churn(port, cycles, at_once):
             sock.sendall(b"cycle %d\n" % number)
         for number, sock in zip(numbers, socks, strict=True):
             line = b"cycle %d\n" % number
-            leave = number % 7
+            leave = number % manners
             if leave != 3 and exactly(sock, len(line)) != line:
                 wrong += 1
-            if leave == 1:  # a reset
+            if leave == 0:  # a FIN
+                pass
+            elif leave == 1:  # a reset
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             elif leave == 2:  # a reset in the middle of a line
                 sock.sendall(b"half a li")
@@ -164,7 +166,7 @@ def churn(port, cycles, at_once):
                 sock.sendall(b"half a li")
                 sock.shutdown(socket.SHUT_WR)
                 to_end(sock)
-            elif leave == 5:  # the server ends
+            elif leave == 5:  # the server ends, if it speaks in lines
                 sock.sendall(b"end\n")
                 to_end(sock)
             elif leave == 6:  # the server closes

@@ -6,16 +6,24 @@ Prints its ports as one JSON line. On the control port it answers a line with a 
 import gc
 import hashlib
 import json
+import logging
 import os
 import random
 import resource
+import socket
 import sys
 import time
 from collections import Counter
 
+import gevent
+import gevent.socket
+from gevent import monkey
 from greenlet import greenlet
 
-from pants_green import Connection, Engine, Server
+from pants_green import Connection, Engine, Server, Stream
+from pants_green._lifecycle import CloseReason
+
+PlainSocket = monkey.get_original("socket", "socket")
 
 #: Seconds after which it ends in any case.
 LAST_RESORT = 60.0
@@ -44,6 +52,15 @@ class EchoLines(Connection):
             self.close()
         else:
             self.write(line + b"\n")
+
+
+class Raising(EchoLines):
+    """Raises at every line, after the answer."""
+
+    def on_read(self, line):
+        super().on_read(line)
+        self.flush()
+        raise RuntimeError("as it was asked to")
 
 
 class Bulk(Connection):
@@ -124,7 +141,6 @@ class Control(Connection):
             "lingering": len(self.engine._lingering),
             "greenlets": busy,
             "made": pool.made,
-            "timers": len(self.engine._timers),
         }
 
     def do_garbage_begin(self):
@@ -142,6 +158,23 @@ class Control(Connection):
         gc.enable()
         return found
 
+    def do_dial_nobody(self):
+        """Dial a name that cannot be looked up, and a port on which nobody listens, a few times each."""
+
+        def no_such_host(*args):
+            raise socket.gaierror(socket.EAI_NONAME, "as it was asked to")
+
+        before, gevent.socket.getaddrinfo = gevent.socket.getaddrinfo, no_such_host
+        try:
+            with PlainSocket() as taken:
+                taken.bind(("127.0.0.1", 0))
+                streams = [Stream().connect(where) for where in [("nobody.invalid", 1), taken.getsockname()] * 10]
+                while not all(stream.closed for stream in streams):
+                    gevent.sleep(0.005)
+        finally:
+            gevent.socket.getaddrinfo = before
+        return {"failed": sum(stream.close_reason == CloseReason.CONNECT_FAILED for stream in streams)}
+
     def do_bulk(self):
         return self.bulk
 
@@ -155,6 +188,7 @@ class Control(Connection):
 
 
 def main():
+    logging.basicConfig()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     engine = Engine.instance()
@@ -164,7 +198,7 @@ def main():
     engine.start()
 
 
-KINDS = {"echo": Echo, "lines": EchoLines, "bulk": Bulk, "control": Control}
+KINDS = {"echo": Echo, "lines": EchoLines, "raising": Raising, "bulk": Bulk, "control": Control}
 
 if __name__ == "__main__":
     main()

@@ -76,7 +76,9 @@ def blocking(tmp_path):
             for listener in listeners:
                 listener.join()
             assert order[0] == "other"
-            assert replies == {"other": b"still there?\r\n", "sleeper": b"slept\r\nawake\r\n", "threaded": b"slept in a thread\r\nawake\r\n"}
+            assert replies["other"] == b"still there?\r\n"
+            assert replies["sleeper"] == b"slept\r\nawake\r\n"
+            assert replies["threaded"] == b"slept in a thread\r\nawake\r\n"
 
 
 def tutorial(name, tmp_path):

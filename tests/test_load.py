@@ -30,6 +30,9 @@ MIB = 1 << 20
 #: Seconds for which a program may say nothing, and for which it may take its leave.
 PATIENCE = 25.0
 
+# gevent's subprocess forks, and what becomes of it here is exec at once.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="looks at the server in /proc")
 
 
@@ -118,8 +121,8 @@ class ServerProcess(Program):
         super().close()
 
 
-#: What a server process has when nobody but the control connection is there: four servers and that.
-CHANNELS = 5
+#: What a server process has when nobody but the control connection is there: five servers and that.
+CHANNELS = 6
 
 
 @pytest.fixture
@@ -216,11 +219,11 @@ def test_s2_6_accept_a_thousand_queued_before_the_engine_runs_are_all_served(ser
 
 @needs_proc
 def test_churn_five_thousand_connections_leave_nothing_and_no_memory(serving, peers):
-    # Every seventh way of leaving; the first round lets pools, caches and the allocator fill.
-    assert peers("churn", serving.ports["lines"], 1000, 25).line() == {"cycles": 1000, "wrong": 0}
+    # In the first round pools, caches and the allocator fill.
+    assert peers("churn", serving.ports["lines"], 1000, 25, 7).line() == {"cycles": 1000, "wrong": 0}
     left = serving.left()
     memory = serving.ask("memory")["rss"]
-    assert peers("churn", serving.ports["lines"], 5000, 25).line() == {"cycles": 5000, "wrong": 0}
+    assert peers("churn", serving.ports["lines"], 5000, 25, 7).line() == {"cycles": 5000, "wrong": 0}
     after = serving.left()
     assert after["channels"] == CHANNELS
     assert after["lingering"] == 0
@@ -230,13 +233,33 @@ def test_churn_five_thousand_connections_leave_nothing_and_no_memory(serving, pe
 
 
 @needs_proc
-@pytest.mark.parametrize("kind", ["lines", "echo"])
-def test_churn_connections_leave_no_reference_cycles(serving, peers, kind):
-    cycles = 98 if kind == "lines" else 5  # the server that just echoes knows no "end" and "close"
-    assert peers("churn", serving.ports[kind], cycles, 7).line()["wrong"] == 0
+@pytest.mark.parametrize(("kind", "manners"), [("lines", 7), ("echo", 5)])
+def test_churn_connections_leave_no_reference_cycles(serving, peers, kind, manners):
+    assert peers("churn", serving.ports[kind], 70, 7, manners).line()["wrong"] == 0
     serving.left()
     serving.ask("garbage_begin")
-    assert peers("churn", serving.ports[kind], cycles, 7).line()["wrong"] == 0
+    assert peers("churn", serving.ports[kind], 70, 7, manners).line()["wrong"] == 0
+    serving.left()
+    assert serving.ask("garbage_end") == {}
+
+
+@needs_proc
+def test_churn_callbacks_that_raise_leave_no_reference_cycles_and_spoil_no_greenlet(serving, peers):
+    assert peers("churn", serving.ports["raising"], 5, 5, 1).line()["wrong"] == 0
+    before = serving.left()
+    serving.ask("garbage_begin")
+    assert peers("churn", serving.ports["raising"], 50, 5, 1).line()["wrong"] == 0
+    after = serving.left()
+    assert serving.ask("garbage_end") == {}
+    assert after["made"] - before["made"] <= 5
+
+
+@needs_proc
+def test_churn_dials_that_fail_leave_no_reference_cycles(serving):
+    serving.ask("dial_nobody")
+    serving.left()
+    serving.ask("garbage_begin")
+    assert serving.ask("dial_nobody") == {"failed": 20}
     serving.left()
     assert serving.ask("garbage_end") == {}
 
@@ -272,9 +295,15 @@ def seconds_for_line(size, delimiter, one_by_one):
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("delimiter", DELIMITERS)
 def test_long_line_of_64_mib_in_small_pieces_costs_in_proportion_to_its_length(delimiter, one_by_one):
-    short = min(seconds_for_line(8 * MIB, delimiter, one_by_one) for _ in range(3)) / 8
-    long = min(seconds_for_line(64 * MIB, delimiter, one_by_one) for _ in range(2)) / 64
-    assert long < 3 * short
+    def per_mib(mib):
+        return min(seconds_for_line(mib * MIB, delimiter, one_by_one) for _ in range(2)) / mib
+
+    # Where the memory comes fresh from the kernel it costs a millisecond, so what is less proves nothing. Step by step, for if
+    # the cost grew with the square of the length 64 MiB would take minutes.
+    least = 0.002
+    short, middle = per_mib(1), per_mib(8)
+    assert middle < 3 * max(short, least)
+    assert per_mib(64) < 3 * max(middle, least)
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])

@@ -1,0 +1,114 @@
+"""The servers to measure against: ``python benchmarks/peers.py PEER MODE PORT``.
+
+MODE is ``echo`` (whatever is read is written back) or ``line`` (split at CRLF; one callback, or one step of the loop, per line
+writes it back). All set TCP_NODELAY, listen on 127.0.0.1 and print READY. PEER is one of
+
+    gevent       a StreamServer and the loop that one writes by hand: a sendall for each line
+    gevent-join  the same with the lines of one recv joined for one sendall: the best that such a loop can do
+    asyncio      a Protocol with flow control
+    uvloop       the same on uvloop
+"""
+
+import socket
+import sys
+
+EOL = b"\r\n"
+BACKLOG = 1024
+RECEIVE = 64 * 1024
+
+
+def ready():
+    print("READY", flush=True)
+
+
+def serve_gevent(mode, port, joined=False):
+    from gevent.server import StreamServer
+
+    def echo(sock):
+        while data := sock.recv(RECEIVE):
+            sock.sendall(data)
+
+    def each_line(sock, received=b""):
+        while data := sock.recv(RECEIVE):
+            *lines, received = (received + data).split(EOL)
+            for line in lines:
+                sock.sendall(line + EOL)
+
+    def joined_lines(sock, received=b""):
+        while data := sock.recv(RECEIVE):
+            *lines, received = (received + data).split(EOL)
+            answer = [line + EOL for line in lines]
+            if answer:
+                sock.sendall(b"".join(answer))
+
+    serve = echo if mode == "echo" else joined_lines if joined else each_line
+
+    def handle(sock, address):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            serve(sock)
+        except OSError:
+            pass
+
+    server = StreamServer(("127.0.0.1", port), handle, backlog=BACKLOG)
+    server.start()
+    ready()
+    server.serve_forever()
+
+
+def serve_asyncio(mode, port, run=None):
+    import asyncio
+
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+
+        def data_received(self, data):
+            self.transport.write(data)
+
+        def pause_writing(self):
+            self.transport.pause_reading()
+
+        def resume_writing(self):
+            self.transport.resume_reading()
+
+    class Lines(Echo):
+        received = b""
+
+        def data_received(self, data):
+            *lines, self.received = (self.received + data).split(EOL)
+            for line in lines:
+                self.line_received(line)
+
+        def line_received(self, line):
+            self.transport.write(line + EOL)
+
+    async def main():
+        # asyncio sets TCP_NODELAY where the socket says IPPROTO_TCP.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        server = await asyncio.get_running_loop().create_server(Echo if mode == "echo" else Lines, sock=listener, backlog=BACKLOG)
+        ready()
+        await server.serve_forever()
+
+    (run or asyncio.run)(main())
+
+
+def serve_uvloop(mode, port):
+    import uvloop
+
+    serve_asyncio(mode, port, uvloop.run)
+
+
+def serve_gevent_joined(mode, port):
+    serve_gevent(mode, port, joined=True)
+
+
+PEERS = {"gevent": serve_gevent, "gevent-join": serve_gevent_joined, "asyncio": serve_asyncio, "uvloop": serve_uvloop}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] not in PEERS or sys.argv[2] not in ("echo", "line") or not sys.argv[3].isdecimal():
+        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(PEERS)}}} {{echo|line}} PORT")
+    PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

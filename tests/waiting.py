@@ -1,0 +1,36 @@
+"""Waiting, cooperatively, for what tells nobody that it has happened."""
+
+import time
+
+import gevent
+
+from pants_green import Engine
+
+
+def until(condition, timeout=5.0):
+    """Let the hub run until `condition()` holds; AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout:g} seconds in vain"
+        gevent.sleep(0.001)
+
+
+def turns(count=10):
+    """Let the hub run `count` turns, in which what should not happen could happen."""
+    for _ in range(count):
+        gevent.sleep(0)
+
+
+def lingering():
+    """Return how many sockets linger: closed for the user, kept open until the peer is done."""
+    return len(Engine.instance()._lingering)
+
+
+def unread(stream):
+    """Return how many bytes of a stream wait for their delimiter."""
+    return len(stream._inbox)
+
+
+def unsent(stream):
+    """Return how many bytes of a stream wait to be sent."""
+    return stream._outbox.size
