@@ -35,7 +35,7 @@ test-patched: $(VENV)/.installed-test  ## the whole test suite in a process that
 test-oldest: $(OLDEST)/.installed-test  ## the whole test suite on the oldest gevent that is supported
 	$(OLDEST)/bin/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-lint  ## ruff on everything, mypy on the package
+lint: $(VENV)/.installed-test $(VENV)/.installed-lint  ## ruff on everything, mypy on the package
 	$(HERE) -m ruff check .
 	$(HERE) -m mypy
 

@@ -27,14 +27,14 @@ def dial(stream: "Stream", address: Address) -> StreamConnectError | None:
     try:
         addresses = _look_up(stream, address) if address.needs_lookup else [address]
     except OSError as error:
-        addresses, cause = [], error
+        addresses, cause = [], error.with_traceback(None)
     for one in addresses:
         if stream._state is not CONNECTING:
             return None
         try:
             code = _try(stream, one)
         except OSError as error:
-            cause = error
+            cause = error.with_traceback(None)
             continue
         if code == 0 or stream._state is not CONNECTING:
             return None
@@ -74,7 +74,8 @@ def _look_up(stream: "Stream", address: Address) -> list[Address]:
         try:
             found.append(_sockets.resolve(address))
         except BaseException as error:
-            found.append(error)
+            # Without its traceback: its frames hold the stream, and the stream will hold it.
+            found.append(error.with_traceback(None))
         stream._interrupt()
 
     stream._engine._run_soon(look_up, address, stream._context)

@@ -107,7 +107,7 @@ class Channel:
 
     @property
     def close_error(self) -> BaseException | None:
-        """The exception behind `close_reason`, where there is one."""
+        """The exception behind `close_reason`, where there is one; without its traceback, which was logged."""
         return self._close_error
 
     @property

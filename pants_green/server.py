@@ -227,7 +227,7 @@ class StreamServer(Channel):
             return
         self._engine._enter()
         self._close_reason = reason
-        self._close_error = error
+        self._close_error = None if error is None else error.with_traceback(None)
         self._move(CLOSE)
         if self._paused is not None:
             self._paused.cancel()

@@ -230,7 +230,7 @@ class Stream(StreamState):
                 received = len(data)
                 if received >= FLUSH_OWN:
                     self._flush()
-                elif len(dirty) >= engine._flush_at:
+                if len(dirty) >= engine._flush_at:
                     engine._batch_done()
                 if self._sending and outbox.size > owed and outbox.size > self._high_water:
                     self._wait_for_room(self._low_water)
@@ -607,7 +607,9 @@ class Stream(StreamState):
         if self._state is CLOSED:
             return
         self._close_reason = reason
-        self._close_error = error
+        # Without its traceback, whose frames hold the stream, and the greenlet too: a circle that only the garbage collector
+        # would find, and a greenlet that could not be used again.
+        self._close_error = None if error is None else error.with_traceback(None)
         self._move(CLOSE)
         if self._outbox.items:
             self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._outbox.clear(), reason, event="dropped")

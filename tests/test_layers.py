@@ -35,12 +35,10 @@ FLOORS = [
 ]
 
 #: What only calculates. Everybody may import it.
-HARMLESS = set(
-    """
-    abc bisect collections dataclasses enum errno functools gc heapq ipaddress itertools math operator re stat string struct sys
-    types typing weakref
-    """.split()
-)
+HARMLESS = {
+    *("abc", "bisect", "collections", "dataclasses", "enum", "errno", "functools", "gc", "heapq", "ipaddress", "itertools", "math"),
+    *("operator", "re", "stat", "string", "struct", "sys", "types", "typing", "weakref"),
+}
 
 PURE = {"errors", "framing", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "testing._fragments"}
 

@@ -11,7 +11,7 @@ import gevent
 import pytest
 from gevent.event import Event
 from peers import in_thread
-from waiting import turns, unread, unsent, until
+from waiting import nothing_is_kept, turns, unread, unsent, until  # noqa: F401
 
 from pants_green import (
     ChannelClosed,
@@ -372,7 +372,9 @@ def test_delimiter_changed_to_none_in_mid_batch_delivers_the_rest_at_once(server
     assert chunks_of(recorder) == [b"a: 1", b"", b"body\r\nbody"]
 
 
-@pytest.mark.parametrize(("delimiter", "chunk", "left"), [(b"\n", b"abc;def", 0), (";", b"abc", 4), (3, b"abc", 2), (None, b"abc;def\n", 0)])
+@pytest.mark.parametrize(
+    ("delimiter", "chunk", "left"), [(b"\n", b"abc;def", 0), (";", b"abc", 4), (3, b"abc", 2), (None, b"abc;def\n", 0)], ids=repr
+)
 def test_delimiter_changed_from_another_greenlet_reaches_what_waits(server_of, peer, recorder, delimiter, chunk, left):
     server = server_of(recorder.of(Stream, read_delimiter=b"\n\n"))
     one = peer(server)
@@ -496,7 +498,7 @@ def test_on_read_of_the_class_may_be_a_plain_function(server_of, peer):
 
 
 def test_buffer_size_exactly_reached_is_no_overflow(recorder):
-    _stream, end = memory_pair(recorder.of(Lines, buffer_size=10))
+    stream, end = memory_pair(recorder.of(Lines, buffer_size=10))
     end.send(b"0123456789")
     until(lambda: unread(stream) == 10)
     end.send(b"\r\n")
@@ -598,15 +600,23 @@ def test_overflow_handler_that_raises_closes(server_of, peer, recorder, caplog):
     assert recorder.names() == ["on_connect", "on_overflow_error", "on_error", "on_close"]
 
 
-@pytest.mark.parametrize("where", ["class", "instance"])
+def sized_class(name, value):
+    type("Sized", (Stream,), {name: value})
+
+
+def sized_instance(name, value):
+    setattr(type("Sized", (Stream,), {})(), name, value)
+
+
+NO_SIZES = [(0, ValueError), (-5, ValueError), ("1", TypeError), (1.5, TypeError), (None, TypeError), (True, TypeError)]
+
+
+@pytest.mark.parametrize("sized", [sized_class, sized_instance])
 @pytest.mark.parametrize("name", ["buffer_size", "high_water", "low_water"])
-@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-5, ValueError), ("1", TypeError), (1.5, TypeError), (None, TypeError), (True, TypeError)])
-def test_sizes_that_make_no_sense_are_errors_that_name_class_and_attribute(where, name, value, error):
+@pytest.mark.parametrize(("value", "error"), NO_SIZES, ids=repr)
+def test_sizes_that_make_no_sense_are_errors_that_name_class_and_attribute(sized, name, value, error):
     with pytest.raises(error, match=rf"Sized\.{name}"):
-        if where == "class":
-            type("Sized", (Stream,), {name: value})
-        else:
-            setattr(type("Sized", (Stream,), {})(), name, value)
+        sized(name, value)
 
 
 def test_buffer_size_of_the_instance_counts(server_of, peer, recorder):
@@ -809,14 +819,14 @@ def test_write_before_the_connection_stands_is_channel_closed(server_of, recorde
 @pytest.mark.parametrize("call", ["close", "end", "abort", "write_eof"])
 def test_write_after_the_output_ended_is_channel_closed(server_of, peer, recorder, call):
     class Ender(Connection):
-        def on_connect(self):
+        def on_read(self, data):
             getattr(self, call)()
             try:
                 self.write(b"late")
             except ChannelClosed as error:
                 recorder("refused", error.channel is self)
 
-    peer(server_of(Ender))
+    peer(server_of(Ender)).send(b"now")
     recorder.wait_for(("refused", True))
 
 
@@ -987,6 +997,21 @@ def test_echo_stops_reading_from_a_peer_that_does_not_read(server_of, peer):
     assert one.recv_exactly(sent) == bytes(sent)
     one.send(b"again")
     assert one.recv_exactly(5) == b"again"
+
+
+def test_answer_over_the_high_water_mark_stops_reading_at_once(server_of, peer, recorder):
+    def answer(stream, line):
+        stream.write(bytes(4 * MIB))
+
+    server = server_of(recorder.of(Lines, on_read=answer, high_water=64 * KIB))
+    one = peer(server, rcvbuf=4096)
+    one.send(b"1\r\n")
+    until(lambda: unsent(only(server)) > 0)
+    one.send(b"2\r\n")
+    turns(50)
+    assert chunks_of(recorder) == [b"1"]
+    assert one.recv_exactly(8 * MIB) == bytes(8 * MIB)
+    assert chunks_of(recorder) == [b"1", b"2"]
 
 
 def test_output_queued_earlier_never_stops_reading(server_of, recorder):
@@ -1166,7 +1191,7 @@ def test_memory_echo(recorder):
 
 def test_memory_two_streams_talk(recorder):
     asker = recorder.of(Stream, on_connect=lambda stream: stream.write(payload(MIB)))
-    left, right = memory_pair(asker, Echo)
+    left, _ = memory_pair(asker, Echo)
     recorder.wait_for(lambda events: sum(map(len, chunks_of(events))) == MIB)
     assert b"".join(chunks_of(recorder)) == payload(MIB)
     left.end()

@@ -13,7 +13,8 @@ from gevent.event import Event
 from greenlet import getcurrent, greenlet
 
 from pants_green._address import format_address
-from pants_green.engine import Engine, Worker
+from pants_green._pool import Worker
+from pants_green.engine import Engine
 
 __all__ = ["LeakCheck", "leak_check"]
 
@@ -57,13 +58,16 @@ class LeakCheck:
     def __init__(self, patience: float = PATIENCE) -> None:
         self.patience = patience
         self._greenlets: set[int] = set()
+        self._idle: set[int] = set()
         self._channels: dict[int, Any] = {}
         self._descriptors: set[tuple[int, str]] = set()
 
     def __enter__(self) -> "LeakCheck":
         _make_ready()
         # Numbers, not references: these would keep a greenlet from being used again.
-        self._greenlets = {id(one) for one in _greenlets()}
+        found = _greenlets()
+        self._greenlets = {id(one) for one in found if not _is_idle(one)}
+        self._idle = {id(one) for one in found if _is_idle(one)}
         self._channels = {id(one): one for one in _channels()}
         self._descriptors = set(_descriptors())
         return self
@@ -96,7 +100,7 @@ class LeakCheck:
 
     def leftovers(self) -> list[str]:
         """Return one line for everything that exists now and did not on entering."""
-        left = [f"greenlet {_describe_greenlet(one)}" for one in _greenlets() if id(one) not in self._greenlets]
+        left = [f"greenlet {_describe_greenlet(one)}" for one in _greenlets() if self._is_left(one)]
         left += [_describe_channel(one) for one in _channels() if id(one) not in self._channels]
         left += [_describe_descriptor(*one) for one in _descriptors() if one not in self._descriptors]
         return left
@@ -106,8 +110,14 @@ class LeakCheck:
         return (
             any(id(one) not in self._channels for one in _channels())
             or any(one not in self._descriptors for one in _descriptors())
-            or any(id(one) not in self._greenlets for one in _greenlets())
+            or any(self._is_left(one) for one in _greenlets())
         )
+
+    def _is_left(self, one: Any) -> bool:
+        if not _is_idle(one):
+            return id(one) not in self._greenlets
+        # Waiting for a job that will never come is a leak, but not of this body if it did so before.
+        return id(one) not in self._idle and not any(one is free for free in one._pool._free)
 
 
 def _make_ready() -> None:
@@ -124,7 +134,7 @@ def _make_ready() -> None:
 
 
 def _greenlets() -> list[greenlet]:
-    """Return this thread's greenlets that are at work or wait, but for the hub, the caller, and the engines' idle ones."""
+    """Return this thread's greenlets that are alive, but for the hub and the caller."""
     current: Any = getcurrent()
     hub = gevent.get_hub()
     main = current
@@ -134,14 +144,17 @@ def _greenlets() -> list[greenlet]:
     for one in [thing for thing in gc.get_objects() if isinstance(thing, greenlet)]:
         if one is current or one is hub or one is main or one.dead:
             continue
-        if isinstance(one, Worker) and any(one is idle for idle in one._pool._free):
-            continue
         root = one
         while root.parent is not None:
             root = root.parent
         if root is main:
             found.append(one)
     return found
+
+
+def _is_idle(one: Any) -> bool:
+    """Tell whether a greenlet is one of an engine's that waits for its next job, in the pool or forgotten by it."""
+    return isinstance(one, Worker) and one.gr_frame is not None and one.gr_frame.f_code is Worker.run.__code__
 
 
 def _channels() -> list[Any]:
@@ -167,6 +180,8 @@ def _describe_greenlet(one: Any) -> str:
     frame = one.gr_frame
     if frame is None:
         return f"{one!r}, not started"
+    if _is_idle(one):
+        return f"{one!r}, which has done its job and which its pool has dropped"
     # The innermost frames belong to gevent and say less than who called it.
     places = []
     while frame is not None:
