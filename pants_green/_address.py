@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pants_green.errors import InvalidAddressFormatError
 
-__all__ = ["NOT_GIVEN", "Address", "ListenCall", "Sockaddr", "format_address", "parse_address", "parse_connect", "parse_listen"]
+__all__ = ["AF_UNIX", "NOT_GIVEN", "Address", "ListenCall", "Sockaddr", "format_address", "parse_address", "parse_connect", "parse_listen"]
 
 #: What a socket call takes: ``(host, port)``, ``(host, port, flowinfo, scope_id)``, or a Unix path.
 Sockaddr = tuple[str, int] | tuple[str, int, int, int] | str | bytes

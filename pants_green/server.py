@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from greenlet import getcurrent
 
 from pants_green import _sockets
+from pants_green import stream as stream_module
 from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
 from pants_green.channel import Channel
@@ -404,3 +405,7 @@ class Server(StreamServer):
         if self._ending:
             for stream in self._children():
                 stream._end(CloseReason.ENDED_HERE)  # type: ignore[attr-defined]
+
+
+# Where the documents of 2011 have it; that module itself cannot import what stands on it.
+stream_module.__dict__["StreamServer"] = StreamServer

@@ -44,7 +44,7 @@ from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOve
 from pants_green.framing import NOTHING, Framer
 
 if TYPE_CHECKING:
-    from pants_green.server import Server
+    from pants_green.server import Server, StreamServer
 
 __all__ = ["Stream"]
 

@@ -31,7 +31,7 @@ def test_all_names_what_is_there(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="found: AF_UNIX is not in it")] if "_address" in name else [])
+        name
         for name in MODULES
         if "._" in name
     ],
@@ -152,7 +152,6 @@ def test_s4_17_old_paths_lead_to_the_classes_of_today(path):
     assert getattr(importlib.import_module(f"pants_green.{module}"), name) is getattr(pants_green, name)
 
 
-@pytest.mark.xfail(strict=True, reason="found: S4.17 has StreamServer at pants.stream too; server imports stream, so it is not there yet")
 def test_s4_17_stream_server_is_at_its_old_path():
     from pants_green.stream import StreamServer
 
