@@ -27,9 +27,9 @@ class Patient(Connection):
                 self.write(line + b"\r\n")
 
 
-server = Server(Patient).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
-print(f"Listening on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
 try:
+    server = Server(Patient).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
+    print(f"Listening on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
 except KeyboardInterrupt:
     print("\nBye.")

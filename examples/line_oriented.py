@@ -20,9 +20,9 @@ class LineOriented(Connection):
             print(f"not a whole line: {rest!r}", flush=True)
 
 
-server = Server(LineOriented).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
-print(f"Printing lines that come in on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
 try:
+    server = Server(LineOriented).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
+    print(f"Printing lines that come in on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
 except KeyboardInterrupt:
     print("\nBye.")

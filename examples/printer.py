@@ -19,9 +19,9 @@ class Printer(Connection):
         print(f"{self.remote_address[0]} left: {self.close_reason}", flush=True)
 
 
-server = Server(Printer).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
-print(f"Printing what comes in on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
 try:
+    server = Server(Printer).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
+    print(f"Printing what comes in on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
 except KeyboardInterrupt:
     print("\nBye.")

@@ -113,11 +113,15 @@ class Engine:
         keep_alive.start(_nothing)
         self._runner = getcurrent()
         self._stopping = False
+        # The hub would print a Ctrl-C before it is raised here.
+        not_errors = self._hub.NOT_ERROR
+        self._hub.NOT_ERROR = (*not_errors, KeyboardInterrupt)
         try:
             while not self._stopping:
                 self._hub.switch()
         finally:
             self._runner = None
+            self._hub.NOT_ERROR = not_errors
             keep_alive.stop()
             keep_alive.close()
 
@@ -361,7 +365,8 @@ class Engine:
 
     def _ask_flush(self) -> None:
         """Have the dirty streams flushed once in the next hub turn."""
-        self._enter()
+        if self._thread != _get_ident():
+            self._bind()
         self._flush_asked = True
         self._loop.run_callback(self._flush_asked_for)
 
@@ -378,11 +383,12 @@ class Engine:
         try:
             for stream in streams:
                 stream._flush()
-        finally:
-            # Not one stream's trouble, which it keeps to itself, but a signal in the middle of the flush.
+        except BaseException:
+            # Not one stream's trouble, which it keeps to itself, but a signal in the middle of the flush. The rest waits.
             dirty[:0] = streams
             if dirty and not self._flush_asked:
                 self._ask_flush()
+            raise
 
     def _turn(self) -> None:
         """Hub, once per turn while there are loop functions: run them, and send what they wrote."""

@@ -1,6 +1,7 @@
 """What every test has: a deadline, the leak check, and fixtures for servers, peers and recorded events."""
 
 import faulthandler
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         with capture.global_and_fixture_disabled():
             _stderr = os.dup(2)
+
+
+def pytest_collection_finish() -> None:
+    # What is there by now stays. Out of the collector's sight it costs the leak check no time: 1 ms instead of 10 per test.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket as stdlib_socket
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -360,6 +361,46 @@ def test_recv_is_not_called_while_a_callback_blocks(ledger):
     released.set()
     ledger.wait_for(stream, [BlockingIOError, "wait", 5, "wait", 6, "wait"])
     end.close()
+
+
+class AlwaysReadable:
+    """A watcher whose descriptor is readable in every turn of the hub."""
+
+    def __init__(self):
+        self._asked = None
+
+    def start(self, callback):
+        self._asked = gevent.get_hub().loop.run_callback(callback)
+
+    def stop(self):
+        if self._asked is not None:
+            self._asked.stop()
+
+
+def test_recv_input_without_end_lets_others_run(recorder):
+    stop_at = 0.0
+    received = 0
+
+    def receive(size):
+        nonlocal received
+        if time.monotonic() > stop_at:
+            raise BlockingIOError
+        received += size
+        return bytes(size)
+
+    def on_connect(stream):
+        nonlocal stop_at
+        stop_at = time.monotonic() + 1.0
+        stream._recv, stream._reader = receive, AlwaysReadable()
+        stream.engine.defer(0.03, lambda: recorder("timer", received))
+
+    stream, _ = memory_pair(type("Flooded", (Stream,), {"on_connect": on_connect}))
+    recorder.wait_for("timer")
+    # The flood had begun when the timer ran, and was not over.
+    [(_, before)] = recorder
+    assert before > 0
+    assert time.monotonic() < stop_at
+    stream.abort()
 
 
 @pytest.mark.parametrize("size", [100, 16 * KIB])

@@ -1534,7 +1534,7 @@ def read_exactly(sock, size):
 
 
 FORKING = """
-    import os, sys
+    import os, signal, sys
     if sys.argv[1] == "patched":
         import gevent.monkey
         gevent.monkey.patch_all()
@@ -1543,6 +1543,7 @@ FORKING = """
     from pants_green import Engine, Server, Stream
 
     def say(*words):
+        signal.alarm(20)  # whatever happens this process ends
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
     class Talk(Stream):
@@ -1610,7 +1611,7 @@ def test_fork_connections_stay_with_the_parent_and_listeners_are_shared(how, pee
         one.send(b"who\n")
         assert one.recv_until(b"\n") == b"%d\n" % parent
         full.send(b"big\n")
-        assert full.recv_exactly(10) == b"0123456789"
+        assert in_thread(read_exactly, full.socket, 10) == b"0123456789"
         one.send(b"fork\n")
         child = int(in_thread(program.expect, r"^child (\d+)$")[1])
         assert child != parent
@@ -1657,7 +1658,7 @@ def test_fork_connections_stay_with_the_parent_and_listeners_are_shared(how, pee
 @pytest.mark.parametrize("how", ["raw", "patched"])
 def test_fork_inside_a_callback_leaves_the_connection_with_the_parent(how, peer):
     source = """
-        import os, sys
+        import os, signal, sys
         if sys.argv[1] == "patched":
             import gevent.monkey
             gevent.monkey.patch_all()
@@ -1684,6 +1685,7 @@ def test_fork_inside_a_callback_leaves_the_connection_with_the_parent(how, peer)
                     self.write(f"{status} {self.connected}\\n")
 
             def reports(self):
+                signal.alarm(20)  # whatever happens this process ends
                 try:
                     self.write(b"never")
                 except ChannelClosed:

@@ -1,6 +1,7 @@
 """Streams while they live: opening, reading, writing. How they end is in test_stream_endings.py."""
 
 import array
+import functools
 import logging
 import re
 import socket
@@ -29,6 +30,9 @@ from pants_green.testing import fragmentations, memory_pair
 KIB = 1024
 MIB = 1024 * 1024
 
+#: More than the buffers of both kernels hold.
+BIG = 16 * MIB
+
 
 class Echo(Connection):
     def on_read(self, data):
@@ -51,6 +55,7 @@ def only(server, count=1):
     return streams[0] if count == 1 else streams
 
 
+@functools.cache
 def payload(size):
     """Return `size` bytes in which every misplaced piece shows."""
     return b"".join(b"%015d\n" % number for number in range(size // 16 + 1))[:size]
@@ -748,13 +753,13 @@ def test_empty_writes_alone_are_harmless(server_of, peer):
 def test_large_write_reaches_a_slow_peer_whole(server_of, peer):
     class Big(Connection):
         def on_connect(self):
-            self.write(payload(8 * MIB))
+            self.write(payload(BIG))
 
     server = server_of(Big)
     one = peer(server, rcvbuf=4096)
     # It waits for room, and what is said meanwhile is delivered.
     until(lambda: unsent(only(server)) > 0)
-    assert one.recv_exactly(8 * MIB) == payload(8 * MIB)
+    assert one.recv_exactly(BIG) == payload(BIG)
 
 
 def test_write_never_sends_and_never_calls_back_inside(server_of, peer, recorder):
@@ -912,7 +917,7 @@ def test_s4_4_on_write_comes_once_when_everything_is_written(server_of, peer, re
 def test_on_write_waits_until_a_slow_peer_has_taken_everything(server_of, peer, recorder):
     class Big(Connection):
         def on_connect(self):
-            self.write(payload(8 * MIB))
+            self.write(payload(BIG))
 
         def on_write(self):
             recorder("on_write", unsent(self))
@@ -922,7 +927,7 @@ def test_on_write_waits_until_a_slow_peer_has_taken_everything(server_of, peer, 
     until(lambda: unsent(only(server)) > 0)
     turns(50)
     assert recorder == []
-    one.recv_exactly(8 * MIB)
+    one.recv_exactly(BIG)
     recorder.wait_for("on_write")
     turns()
     assert recorder == [("on_write", 0)]
@@ -1001,7 +1006,7 @@ def test_echo_stops_reading_from_a_peer_that_does_not_read(server_of, peer):
 
 def test_answer_over_the_high_water_mark_stops_reading_at_once(server_of, peer, recorder):
     def answer(stream, line):
-        stream.write(bytes(4 * MIB))
+        stream.write(bytes(BIG))
 
     server = server_of(recorder.of(Lines, on_read=answer, high_water=64 * KIB))
     one = peer(server, rcvbuf=4096)
@@ -1010,13 +1015,13 @@ def test_answer_over_the_high_water_mark_stops_reading_at_once(server_of, peer, 
     one.send(b"2\r\n")
     turns(50)
     assert chunks_of(recorder) == [b"1"]
-    assert one.recv_exactly(8 * MIB) == bytes(8 * MIB)
+    assert one.recv_exactly(2 * BIG) == bytes(2 * BIG)
     assert chunks_of(recorder) == [b"1", b"2"]
 
 
 def test_output_queued_earlier_never_stops_reading(server_of, recorder):
-    client = recorder.of(Client, on_connect=lambda stream: stream.write(payload(16 * MIB)))(
-    ).connect(server_of(Echo).local_address)
+    client = recorder.of(Client, on_connect=lambda stream: stream.write(payload(16 * MIB)))()
+    client.connect(server_of(Echo).local_address)
     recorder.wait_for(lambda events: sum(map(len, chunks_of(events))) == 16 * MIB, timeout=20)
     assert b"".join(chunks_of(recorder)) == payload(16 * MIB)
     client.close()
@@ -1027,8 +1032,8 @@ def test_output_made_by_others_never_stops_reading(server_of, peer, recorder):
     server = server_of(recorder.of(Lines, high_water=1000, low_water=500))
     one = peer(server, rcvbuf=4096)
     stream = only(server)
-    stream.write(bytes(8 * MIB))
-    until(lambda: 0 < unsent(stream) < 8 * MIB)
+    stream.write(bytes(BIG))
+    until(lambda: 0 < unsent(stream) < BIG)
     one.send(b"still\r\n")
     recorder.wait_for(("on_read", b"still"))
     one.send(b"here\r\n")
@@ -1042,12 +1047,12 @@ def test_output_made_by_others_never_stops_reading(server_of, peer, recorder):
 def test_e1_3_reply_to_a_half_closing_peer_arrives(server_of, peer):
     class Answer(Connection):
         def on_read(self, data):
-            self.write(payload(4 * MIB))
+            self.write(payload(BIG))
 
     one = peer(server_of(Answer))
     one.send(b"request")
     one.shutdown_output()
-    assert one.recv_all() == payload(4 * MIB)
+    assert one.recv_all() == payload(BIG)
 
 
 def test_e1_3_reply_of_a_callback_that_blocks_arrives_at_a_half_closing_peer(server_of, peer, recorder):
@@ -1077,12 +1082,12 @@ def test_on_end_may_still_write(server_of, peer):
     class Last(Lines):
         def on_end(self, rest):
             self.write(b"rest: " + rest)
-            self.write(bytes(2 * MIB))
+            self.write(bytes(BIG))
 
     one = peer(server_of(Last))
     one.send(b"line\r\npart")
     one.shutdown_output()
-    assert one.recv_all() == b"rest: part" + bytes(2 * MIB)
+    assert one.recv_all() == b"rest: part" + bytes(BIG)
 
 
 def test_on_end_sees_a_stream_that_is_not_connected_any_more(server_of, peer, recorder):
@@ -1106,9 +1111,9 @@ def test_allow_half_open_leaves_the_closing_to_the_user(server_of, peer, recorde
     assert stream.connected
     stream.write(b"first")
     assert one.recv_exactly(5) == b"first"
-    stream.write(payload(2 * MIB))
+    stream.write(payload(BIG))
     stream.end()
-    assert one.recv_all() == payload(2 * MIB)
+    assert one.recv_all() == payload(BIG)
     recorder.wait_for("on_close")
     assert recorder.names() == ["on_connect", "on_read", "on_end", "on_close"]
 

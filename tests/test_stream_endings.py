@@ -6,6 +6,7 @@ import logging
 import gevent
 import pytest
 from gevent.event import Event
+from gevent.local import local
 from peers import in_thread
 from waiting import lingering, nothing_is_kept, turns, unsent, until  # noqa: F401
 
@@ -15,6 +16,9 @@ from pants_green.testing import memory_pair
 
 KIB = 1024
 MIB = 1024 * 1024
+
+#: More than the buffers of both kernels hold.
+BIG = 16 * MIB
 
 EVERY_CALLBACK = ("on_connect", "on_read", "on_write", "on_end", "on_close")
 
@@ -103,11 +107,11 @@ def test_peer_leaves_while_a_callback_blocks(server_of, peer, recorder, leave, r
 
 @pytest.mark.parametrize("leave", ["close", "reset"])
 def test_peer_leaves_without_reading_what_waits_for_room(server_of, peer, recorder, leave):
-    server = server_of(recorder.of(Stream, on_read=lambda stream, data: stream.write(bytes(8 * MIB))))
+    server = server_of(recorder.of(Stream, on_read=lambda stream, data: stream.write(bytes(BIG))))
     one = peer(server, rcvbuf=4096)
     stream = only(server)
     one.send(b"x")
-    until(lambda: 0 < unsent(stream) < 8 * MIB)
+    until(lambda: 0 < unsent(stream) < BIG)
     getattr(one, leave)()
     recorder.wait_for("on_close")
     assert_a_life(recorder.names())
@@ -343,7 +347,7 @@ class Busy(Connection):
 
     def on_read(self, line):
         if line == b"big":
-            self.write(bytes(8 * MIB), flush=True)
+            self.write(bytes(BIG), flush=True)
         else:
             self.write(line + b"\n")
         if self.gate is not None:
@@ -372,7 +376,7 @@ def test_ended_from_another_greenlet(server_of, peer, recorder, situation, call)
         assert "on_close" not in recorder.names()
         gate.set()
     if situation is waiting_for_room and call == "end":
-        assert one.recv_all() == bytes(8 * MIB)
+        assert one.recv_all() == bytes(BIG)
     recorder.wait_for("on_close")
     turns()
     assert recorder.names() == ["on_connect", "on_read", "on_close"]
@@ -390,7 +394,7 @@ def test_write_eof_from_another_greenlet(server_of, peer, recorder, situation):
     with pytest.raises(ChannelClosed, match="write_eof"):
         stream.write(b"late")
     gate.set()
-    wanted = {waiting_for_input: b"", blocked_in_a_callback: b"a\n", waiting_for_room: bytes(8 * MIB)}
+    wanted = {waiting_for_input: b"", blocked_in_a_callback: b"a\n", waiting_for_room: bytes(BIG)}
     assert one.recv_all() == wanted[situation]
     if situation is not waiting_for_room:
         assert stream.connected
@@ -503,7 +507,7 @@ def test_server_closed_while_its_connection_is_busy(server_of, peer, recorder, s
     situation(server, one, gate)
     server.close()
     gate.set()
-    wanted = {waiting_for_input: b"", blocked_in_a_callback: b"a\n", waiting_for_room: bytes(8 * MIB)}
+    wanted = {waiting_for_input: b"", blocked_in_a_callback: b"a\n", waiting_for_room: bytes(BIG)}
     assert one.recv_all() == wanted[situation]
     recorder.wait_for("on_close")
     assert_a_life(recorder.names())
@@ -563,16 +567,16 @@ def test_s4_22_end_sends_everything_to_a_peer_that_sleeps_first(server_of, peer,
     server = server_of(recorder.of(Stream))
     one = peer(server, rcvbuf=4096)
     stream = only(server)
-    stream.write(bytes(4 * MIB))
+    stream.write(bytes(BIG))
     if call == "end":
         stream.end()
     else:
         stream.close(flush=True)
-    until(lambda: 0 < unsent(stream) < 4 * MIB)
+    until(lambda: 0 < unsent(stream) < BIG)
     turns(50)
     assert recorder.names() == ["on_connect"]
     assert (stream.connected, stream.closed) == (False, False)
-    assert one.recv_all() == bytes(4 * MIB)
+    assert one.recv_all() == bytes(BIG)
     recorder.wait_for("on_close")
     assert stream.close_reason is CloseReason.ENDED_HERE
 
@@ -592,25 +596,25 @@ def test_end_delivers_nothing_more(server_of, peer, recorder):
     server = server_of(recorder.of(Stream, read_delimiter=b"\n"))
     one = peer(server, rcvbuf=4096)
     stream = only(server)
-    stream.write(bytes(2 * MIB))
+    stream.write(bytes(BIG))
     stream.end()
     until(lambda: unsent(stream) > 0)
     one.send(b"x\n")
     turns()
-    assert one.recv_all() == bytes(2 * MIB)
+    assert one.recv_all() == bytes(BIG)
     recorder.wait_for("on_close")
     assert recorder.names() == ["on_connect", "on_close"]
 
 
 def test_end_and_a_peer_that_is_still_writing_do_not_lock_each_other(server_of, peer):
     def answer(stream, data):
-        stream.write(bytes(4 * MIB))
+        stream.write(bytes(BIG))
         stream.end()
 
     one = peer(server_of(Stream, on_read=answer), rcvbuf=4096)
     # More than all buffers hold: somebody has to read it while the answer is stuck.
     one.send(bytes(32 * MIB))
-    assert one.recv_all() == bytes(4 * MIB)
+    assert one.recv_all() == bytes(BIG)
 
 
 def test_end_gives_no_reset_to_a_peer_that_writes_after_our_fin(server_of, peer, recorder):
@@ -701,9 +705,9 @@ def test_write_eof_sends_everything_then_a_fin_and_reading_goes_on(server_of, pe
     server = server_of(recorder.of(Stream))
     one = peer(server, rcvbuf=4096)
     stream = only(server)
-    stream.write(bytes(4 * MIB))
+    stream.write(bytes(BIG))
     stream.write_eof()
-    assert one.recv_all() == bytes(4 * MIB)
+    assert one.recv_all() == bytes(BIG)
     one.send(b"heard")
     recorder.wait_for(("on_read", b"heard"))
     assert stream.connected
@@ -1017,6 +1021,26 @@ def test_callback_that_raises_costs_no_greenlet(server_of, peer, caplog):
     for _ in range(20):
         fail()
     assert workers() <= before + 2
+
+
+def test_gevent_local_of_a_connection_goes_with_it(server_of, peer):
+    """In a monkey-patched process that is threading.local, in which half of all libraries keep something."""
+
+    class Kept:
+        pass
+
+    def use(stream, data):
+        storage.kept = Kept()
+        stream.close()
+
+    storage = local()
+    server = server_of(Stream, on_read=use)
+    for _ in range(20):
+        with peer(server) as one:
+            one.send(b"x")
+            assert one.at_eof()
+    gc.collect()
+    assert sum(isinstance(one, Kept) for one in gc.get_objects()) <= 2
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt, SystemExit])

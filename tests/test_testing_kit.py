@@ -14,7 +14,7 @@ from gevent.event import Event
 from greenlet import getcurrent, greenlet
 from hypothesis import find, given
 from hypothesis import strategies as st
-from peers import Peer, PlainSocket, in_thread
+from peers import Peer, PlainSocket
 
 from pants_green import CloseReason, Engine, Server, Stream
 from pants_green.errors import ChannelStateError
@@ -283,7 +283,7 @@ LEAKY_TEST = """
 def test_fixture_no_leaks_fails_the_test_that_leaks_and_no_other(tmp_path):
     (tmp_path / "test_leaky.py").write_text(textwrap.dedent(LEAKY_TEST))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = in_thread(run_pytest, tmp_path, root)
+    done = run_pytest(tmp_path, root)
     assert "3 passed, 1 error" in done.stdout, done.stdout + done.stderr
     assert "ERROR at teardown of test_leaky" in done.stdout
     assert "in forgotten (test_leaky.py" in done.stdout

@@ -85,7 +85,7 @@ class LeakCheck:
         deadline = time.monotonic() + self.patience
         turns = 0
         while self._any_left():
-            if time.monotonic() > deadline:
+            if turns > TURNS_BEFORE_COLLECTING and time.monotonic() > deadline:
                 left = self.leftovers()
                 if left:
                     raise AssertionError(f"{len(left)} left over:\n" + "\n".join(f"  {one}" for one in left))
