@@ -9,7 +9,7 @@ from sys import getrefcount
 from typing import Any
 from weakref import getweakrefcount
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 __all__ = ["Pool", "Worker"]
 
@@ -28,37 +28,12 @@ class Worker(greenlet):
         claimed: the Stream that did.
     """
 
-    __slots__ = ("_pool", "claimed", "offered")
+    __slots__ = ("claimed", "offered")
 
-    def __init__(self, pool: "Pool") -> None:
-        super().__init__(parent=pool.hub)
-        self._pool = pool
+    def __init__(self, run: Callable[[Any, Any], None], hub: Any) -> None:
+        super().__init__(run, hub)
         self.offered: Any = None
         self.claimed: Any = None
-
-    def run(self, job: Callable[[Any], object], argument: Any) -> None:
-        """Run jobs until the pool has enough idle greenlets, or something is thrown into this one while it is idle."""
-        pool = self._pool
-        while True:
-            try:
-                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
-                job(argument)
-            except BaseException as error:
-                pool.on_escape(error)
-            del job, argument
-            if self.__dict__:
-                self.__dict__.clear()
-            if not pool.put(self):
-                return
-            try:
-                task = pool.to_hub()
-            except BaseException:
-                # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
-                return
-            if type(task) is not tuple or len(task) != 2:
-                return  # somebody kept its switch
-            job, argument = task
-            del task
 
 
 class Pool:
@@ -103,12 +78,39 @@ class Pool:
                 free.append(worker)
             del worker
         self.made += 1
-        return Worker(self)
+        return Worker(self._work, self.hub)
 
-    def put(self, worker: Worker) -> bool:
-        """Keep a greenlet that has done its job, unless there are enough."""
+    def _work(self, job: Callable[[Any], object], argument: Any) -> None:
+        """The body of a greenlet: run jobs until there are enough idle ones, or something is thrown into this idle one.
+
+        While it is idle nothing on its stack refers to it: so one that is dropped ends, instead of keeping itself alive.
+        """
+        while True:
+            try:
+                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
+                job(argument)
+            except BaseException as error:
+                self.on_escape(error)
+            del job, argument
+            if not self._put_back():
+                return
+            try:
+                task = self.to_hub()
+            except BaseException:
+                # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
+                return
+            if type(task) is not tuple or len(task) != 2:
+                return  # somebody kept its switch
+            job, argument = task
+            del task
+
+    def _put_back(self) -> bool:
+        """Keep the current greenlet, which has done its job, unless there are enough."""
         if len(self._free) >= self.limit:
             return False
+        worker = getcurrent()
+        if worker.__dict__:
+            worker.__dict__.clear()
         self._free.append(worker)
         return True
 
@@ -123,7 +125,7 @@ class Pool:
     def _measure_fresh(self) -> None:
         """Count what refers to an idle greenlet that has done nothing, from a frame like that of `take`."""
         free, self._free = self._free, []
-        Worker(self).switch(_nothing_with, None)
+        Worker(self._work, self.hub).switch(_nothing_with, None)
         worker = self._free.pop()
         self._references = getrefcount(worker)
         self._fresh = getweakrefcount(worker)

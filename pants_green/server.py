@@ -36,7 +36,7 @@ class StreamServer(Channel):
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
     """
 
-    __slots__ = ("_accept_at_once", "_back_off", "_ending", "_listeners", "_paused")
+    __slots__ = ("_accept_at_once", "_back_off", "_ended", "_ending", "_listeners", "_paused")
 
     #: Whether `_children` knows the streams that stand on this server; else the engine does.
     _keeps_streams: ClassVar[bool] = False
@@ -50,6 +50,7 @@ class StreamServer(Channel):
         self._back_off = 0.0
         self._paused: Any = None
         self._ending = True
+        self._ended = False
 
     # ---- opening
 
@@ -173,6 +174,8 @@ class StreamServer(Channel):
         stream, worker.claimed = worker.claimed, None
         del worker, sock, accepted
         if stream is not None:
+            if self._ended:
+                stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
             stream._live(None)
 
     def _turned_away(self, sock: Any, error: BaseException, stream: Any) -> None:
@@ -403,6 +406,7 @@ class Server(StreamServer):
         """
         super().on_close()
         if self._ending:
+            self._ended = True
             for stream in self._children():
                 stream._end(CloseReason.ENDED_HERE)  # type: ignore[attr-defined]
 

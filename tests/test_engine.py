@@ -1605,7 +1605,7 @@ FORKING = """
 @pytest.mark.parametrize("how", ["raw", "patched"])
 def test_fork_connections_stay_with_the_parent_and_listeners_are_shared(how, peer):
     with Child("-c", textwrap.dedent(FORKING), how, BIG // 10) as program:
-        address = "127.0.0.1", in_thread(program.port)
+        address = "127.0.0.1", program.port()
         parent = program.process.pid
         one, full = peer(address), peer(address, rcvbuf=4096)
         one.send(b"who\n")
@@ -1613,9 +1613,9 @@ def test_fork_connections_stay_with_the_parent_and_listeners_are_shared(how, pee
         full.send(b"big\n")
         assert in_thread(read_exactly, full.socket, 10) == b"0123456789"
         one.send(b"fork\n")
-        child = int(in_thread(program.expect, r"^child (\d+)$")[1])
+        child = int(program.expect(r"^child (\d+)$")[1])
         assert child != parent
-        in_thread(program.expect, "^ready$")
+        program.expect("^ready$")
 
         # What was written before was sent once, by the parent, and the child's closing was nobody's business.
         for message in (b"hello\n", b"again\n"):
@@ -1637,12 +1637,12 @@ def test_fork_connections_stay_with_the_parent_and_listeners_are_shared(how, pee
             visitor.send(b"who\n")
             assert visitor.recv_until(b"\n") == b"%d\n" % child
         visitors[0].send(b"end\n")
-        in_thread(program.expect, "^child ends$")
+        program.expect("^child ends$")
 
         # The parent is none the worse for it.
         one.send(b"who\nend\n")
         assert one.recv_until(b"\n") == b"%d\n" % parent
-        assert in_thread(program.end) == 0
+        assert program.end() == 0
         lines = program.output.splitlines()
         assert program.error_output() == ""
         inherited = [line for line in lines if line.startswith("inherited")]
@@ -1704,12 +1704,12 @@ def test_fork_inside_a_callback_leaves_the_connection_with_the_parent(how, peer)
     """
     for after in ("ends", "goes on"):
         with Child("-c", textwrap.dedent(source), how, after) as program:
-            one = peer(("127.0.0.1", in_thread(program.port)))
+            one = peer(("127.0.0.1", program.port()))
             one.send(b"before\nfork\nafter\n")
             assert one.recv_exactly(25) == b"before\nfork\n0 True\nafter\n"
             one.send(b"end\n")
             assert one.recv_until(b"\n") == b"end\n"
-            assert in_thread(program.end) == 0
+            assert program.end() == 0
             assert program.output.splitlines()[1:] == ["refused True the connection belongs to the parent process", "parent ends"]
             assert program.error_output() == ""
         one.close()

@@ -38,10 +38,17 @@ variable = contextvars.ContextVar("variable", default="default")
 log = logging.getLogger(__name__)
 
 
+def count(kind):
+    """Return how many greenlets of a class there are."""
+    gc.collect()
+    return sum(isinstance(thing, kind) and not thing.dead for thing in gc.get_objects())
+
+
 class TwoConnections:
     """A server on an engine that keeps one idle greenlet."""
 
     def __init__(self, recorder):
+        self._workers_before = count(Worker)
         self.engine = Engine()
         self.engine._enter()
         self.pool = self.engine._pool
@@ -95,6 +102,10 @@ class TwoConnections:
         second.shutdown(stdlib_socket.SHUT_WR)
         assert in_thread(second.recv, 100) == b"hello"
         recorder.wait_for(lambda seen: seen.count("closed") == 2)
+
+    def greenlets(self):
+        """Return how many greenlets the engine has made that are not gone."""
+        return count(Worker) - self._workers_before
 
     def close(self):
         if self.server is not None:
@@ -465,7 +476,7 @@ def test_spoilt_greenlets_are_freed(two, recorder):
     local = gevent.local.local()
     ten_connections(lambda: setattr(local, "value", 1), two, recorder)
     assert two.pool.made == 10
-    assert len(greenlets_of(two.pool)) == 1
+    assert two.greenlets() == 1
 
 
 def test_greenlet_that_something_clung_to_is_freed_once_it_lets_go(two, recorder):
@@ -480,9 +491,9 @@ def test_greenlet_that_something_clung_to_is_freed_once_it_lets_go(two, recorder
     for number in range(1, 6):
         two.dial()
         recorder.wait_for(number)
-    assert len(greenlets_of(two.pool)) == 5
+    assert two.greenlets() == 5
     locks.clear()
-    assert len(greenlets_of(two.pool)) == 1
+    assert two.greenlets() == 1
 
 
 @pytest.mark.parametrize("kind", ["accepted", "dialled", "timer"])
@@ -527,31 +538,21 @@ def test_greenlets_beyond_the_limit_of_idle_ones_end(two, recorder):
     gevent.sleep(0)
     assert two.pool.made >= 20
     assert len(two.pool) == 1
-    assert len(greenlets_of(two.pool)) == 1
-
-
-def greenlets_of(pool):
-    gc.collect()
-    return [one for one in gc.get_objects() if isinstance(one, Worker) and one._pool is pool and not one.dead]
-
-
-def count_greenlets():
-    gc.collect()
-    return sum(isinstance(thing, greenlet) and not thing.dead for thing in gc.get_objects())
+    assert two.greenlets() == 1
 
 
 def test_idle_connections_have_one_greenlet_each_at_most(two, recorder):
     two.serve(lambda stream: recorder("connected"), lambda stream: recorder("connected"))
     for _ in range(2):
         gevent.sleep(0)
-    before = count_greenlets()
-    for count in range(1, 101):
+    before = count(greenlet)
+    for number in range(1, 101):
         two.dial().sendall(b"x")
-        recorder.wait_for(count)
+        recorder.wait_for(number)
     for sock in two.sockets:
         assert in_thread(sock.recv, 10) == b"x"
     assert len(two.server.channels) == 100
-    assert count_greenlets() - before <= 100
+    assert count(greenlet) - before <= 100
 
 
 # ---- a stream that waits for input holds nothing on its stack

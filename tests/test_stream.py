@@ -751,15 +751,15 @@ def test_empty_writes_alone_are_harmless(server_of, peer):
 
 
 def test_large_write_reaches_a_slow_peer_whole(server_of, peer):
-    class Big(Connection):
-        def on_connect(self):
-            self.write(payload(BIG))
-
-    server = server_of(Big)
+    server = server_of(Stream)
     one = peer(server, rcvbuf=4096)
-    # It waits for room, and what is said meanwhile is delivered.
-    until(lambda: unsent(only(server)) > 0)
-    assert one.recv_exactly(BIG) == payload(BIG)
+    stream = only(server)
+    stream.write(payload(BIG))
+    until(lambda: 0 < unsent(stream) < BIG)
+    turns(50)
+    assert unsent(stream) > 0
+    stream.end()
+    assert one.recv_all() == payload(BIG)
 
 
 def test_write_never_sends_and_never_calls_back_inside(server_of, peer, recorder):
@@ -915,21 +915,19 @@ def test_s4_4_on_write_comes_once_when_everything_is_written(server_of, peer, re
 
 
 def test_on_write_waits_until_a_slow_peer_has_taken_everything(server_of, peer, recorder):
-    class Big(Connection):
-        def on_connect(self):
-            self.write(payload(BIG))
-
+    class Noting(Connection):
         def on_write(self):
             recorder("on_write", unsent(self))
+            self.end()
 
-    server = server_of(Big)
+    server = server_of(Noting)
     one = peer(server, rcvbuf=4096)
-    until(lambda: unsent(only(server)) > 0)
+    stream = only(server)
+    stream.write(bytes(BIG))
+    until(lambda: 0 < unsent(stream) < BIG)
     turns(50)
     assert recorder == []
-    one.recv_exactly(BIG)
-    recorder.wait_for("on_write")
-    turns()
+    assert one.recv_all() == bytes(BIG)
     assert recorder == [("on_write", 0)]
 
 
@@ -1015,7 +1013,8 @@ def test_answer_over_the_high_water_mark_stops_reading_at_once(server_of, peer, 
     one.send(b"2\r\n")
     turns(50)
     assert chunks_of(recorder) == [b"1"]
-    assert one.recv_exactly(2 * BIG) == bytes(2 * BIG)
+    one.shutdown_output()
+    assert one.recv_all() == bytes(2 * BIG)
     assert chunks_of(recorder) == [b"1", b"2"]
 
 
