@@ -30,7 +30,7 @@ class Worker(greenlet):
 
     __slots__ = ("claimed", "offered")
 
-    def __init__(self, run: Callable[[Any, Any], None], hub: Any) -> None:
+    def __init__(self, run: Callable[[], None], hub: Any) -> None:
         super().__init__(run, hub)
         self.offered: Any = None
         self.claimed: Any = None
@@ -77,23 +77,21 @@ class Pool:
             if threading._active.pop(id(worker), None) is not None:  # type: ignore[attr-defined]
                 free.append(worker)
             del worker
-        self.made += 1
-        return Worker(self._work, self.hub)
+        return self._make()
 
-    def _work(self, job: Callable[[Any], object], argument: Any) -> None:
+    def _make(self) -> Worker:
+        self.made += 1
+        worker = Worker(self._work, self.hub)
+        # To its first wait, without a job: what the first switch carries lies on its stack as long as it lives.
+        worker.switch()
+        return worker
+
+    def _work(self) -> None:
         """The body of a greenlet: run jobs until there are enough idle ones, or something is thrown into this idle one.
 
         While it is idle nothing on its stack refers to it: so one that is dropped ends, instead of keeping itself alive.
         """
         while True:
-            try:
-                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
-                job(argument)
-            except BaseException as error:
-                self.on_escape(error)
-            del job, argument
-            if not self._put_back():
-                return
             try:
                 task = self.to_hub()
             except BaseException:
@@ -103,6 +101,14 @@ class Pool:
                 return  # somebody kept its switch
             job, argument = task
             del task
+            try:
+                # One plain argument: job(*args) would put a second C frame on the stack that every switch copies.
+                job(argument)
+            except BaseException as error:
+                self.on_escape(error)
+            del job, argument
+            if not self._put_back():
+                return
 
     def _put_back(self) -> bool:
         """Keep the current greenlet, which has done its job, unless there are enough."""
@@ -124,13 +130,7 @@ class Pool:
 
     def _measure_fresh(self) -> None:
         """Count what refers to an idle greenlet that has done nothing, from a frame like that of `take`."""
-        free, self._free = self._free, []
-        Worker(self._work, self.hub).switch(_nothing_with, None)
-        worker = self._free.pop()
+        worker = self._make()
         self._references = getrefcount(worker)
         self._fresh = getweakrefcount(worker)
-        self._free = free
-
-
-def _nothing_with(argument: Any) -> None:
-    pass
+        self.made -= 1

@@ -95,18 +95,18 @@ class Scheduler:
 
     def _run_in_hub(self, timer: Timer) -> None:
         function, args = timer.function, timer.args
-        timer.function = None
+        timer.cancel()
         if function is not None:
             function(*args)
 
     def _run_timer(self, timer: Timer) -> None:
         """Run a timer, in its greenlet; a cycle goes back into the heap afterwards."""
-        function = timer.function
+        function, args, kwargs = timer.function, timer.args, timer.kwargs
         if function is None:
             return
         if timer.interval is None:
-            timer.function = None
-        self._call(function, timer)
+            timer.cancel()  # it has had its run, and keeps nothing alive any more
+        self._call(function, args, kwargs)
         if timer.interval is not None and timer.function is not None:
             timer.when = next_beat(timer.when, timer.interval, self._engine._clock())
             self._push(timer)
@@ -139,7 +139,7 @@ class Scheduler:
         """Run a loop function once, in its greenlet; it comes back when it has returned."""
         function = timer.function
         if function is not None:
-            self._call(function, timer)
+            self._call(function, timer.args, timer.kwargs)
         if timer.function is not None:
             self._loop_functions.append(timer)
         else:
@@ -147,8 +147,7 @@ class Scheduler:
 
     # ---- calling user code
 
-    def _call(self, function: Callable[..., object], timer: Timer) -> None:
-        args, kwargs = timer.args, timer.kwargs
+    def _call(self, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
             function(*args, **kwargs)
         except (KeyboardInterrupt, SystemExit) as error:

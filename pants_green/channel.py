@@ -226,6 +226,8 @@ class Channel:
             posted, self._posted = self._posted, None
             for name, args in posted:
                 self._call(name, *args)
+            if self._engine._pollers:
+                self._engine._acted()
             if self._posted and self._state is not CLOSED:
                 # Posted by what was just called, and so may the next be: the others get their turn.
                 self._engine._loop.run_callback(self._wake, self._turn + 1)

@@ -326,9 +326,9 @@ class Engine:
         worker = self._pool.take()
         if context:
             worker.gr_context = context.copy()
+        worker.switch(job, argument)
         if self._pollers:
             self._acted()
-        worker.switch(job, argument)
 
     def _run_soon(self, job: Callable[[Any], object], argument: Any = None, context: contextvars.Context | None = None) -> None:
         """Run ``job(argument)`` in a free greenlet in the next hub turn."""

@@ -162,6 +162,8 @@ class Stream(StreamState):
                     self.on_connect()
                 except BaseException as error:
                     self._failed("on_connect", error)
+                if self._engine._pollers:
+                    self._engine._acted()
                 self._read_loop()
                 if self._state is not CLOSED:
                     self._serve_output()
@@ -178,6 +180,8 @@ class Stream(StreamState):
                 except BaseException as error:
                     self._failed("on_close", error)
         finally:
+            if self._engine._pollers:
+                self._engine._acted()
             self._greenlet = None
             self._context = None
             if self._inbox.data:
@@ -232,7 +236,7 @@ class Stream(StreamState):
                     self._flush()
                 if len(dirty) >= engine._flush_at:
                     engine._batch_done()
-                if self._sending and outbox.size > owed and outbox.size > self._high_water:
+                if outbox.size > self._high_water and outbox.size > owed:
                     self._wait_for_room(self._low_water)
                 if received == size:
                     if size < RECEIVE_MOST:
@@ -345,6 +349,8 @@ class Stream(StreamState):
         if not self._state.connected:
             self._close_reason = PEER_ENDED
         self._call("on_end", rest)
+        if self._engine._pollers:
+            self._engine._acted()
         if self._state is ENDING:
             if self._outbox.items:
                 self._move(END)
@@ -479,6 +485,7 @@ class Stream(StreamState):
 
     def _wait_for_room(self, mark: int) -> None:
         """Wait, in the stream's own greenlet, until no more than `mark` bytes are pending. Nothing is read meanwhile."""
+        self._flush()
         while self._outbox.size > mark and self._state.connected:
             self._room_at = mark
             try:
