@@ -21,7 +21,7 @@ from gevent import monkey
 from gevent.event import Event
 from greenlet import getcurrent
 
-from pants_green._pool import Pool, Worker
+from pants_green._pool import Pool
 from pants_green._scheduler import HubTimer, Scheduler
 from pants_green._timers import Timer
 from pants_green.errors import ChannelStateError, WrongThreadError
@@ -29,7 +29,6 @@ from pants_green.errors import ChannelStateError, WrongThreadError
 __all__ = [
     "Engine",
     "Timer",
-    "Worker",
     "call_from_thread",
     "callback",
     "cycle",

@@ -411,5 +411,5 @@ class Server(StreamServer):
                 stream._end(CloseReason.ENDED_HERE)  # type: ignore[attr-defined]
 
 
-# Where the documents of 2011 have it; that module itself cannot import what stands on it.
+# Where the old documents have it; that module cannot import what stands on it.
 stream_module.__dict__["StreamServer"] = StreamServer

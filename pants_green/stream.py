@@ -44,9 +44,9 @@ from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOve
 from pants_green.framing import NOTHING, Framer
 
 if TYPE_CHECKING:
-    from pants_green.server import Server, StreamServer
+    from pants_green.server import Server, StreamServer  # `server` puts StreamServer in here, where the old documents have it
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "StreamServer"]
 
 #: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and fall back to the smallest
 #: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.

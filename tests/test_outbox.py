@@ -121,6 +121,12 @@ def test_many_small_pieces_head_is_as_large_as_the_limit_allows():
     assert contents(outbox) == b"".join(pieces)
 
 
+def test_small_pieces_that_fill_the_limit_exactly_are_one_head():
+    outbox = filled(*[b"x" * 1024] * (JOIN_LIMIT // 1024))
+    assert len(outbox.head()) == JOIN_LIMIT
+    assert len(outbox.items) == 1
+
+
 def test_many_small_pieces_every_byte_is_joined_once():
     """Joining is linear: no byte that was joined and then sent whole is ever joined again."""
     joined = 0

@@ -26,7 +26,7 @@ from greenlet import getcurrent, greenlet
 from peers import PlainSocket, in_thread
 
 from pants_green import Engine, Server, Stream
-from pants_green.engine import Worker
+from pants_green._pool import Worker
 from pants_green.testing import memory_pair
 
 PATCHED = monkey.is_module_patched("threading")
@@ -130,9 +130,6 @@ TOGETHER = pytest.mark.parametrize("together", [True, False], ids=["in one turn"
 
 @TOGETHER
 def test_clean_greenlet_is_used_again(together, two, recorder):
-    def waits(stream):
-        gevent.sleep(0)
-
     greenlets = []
 
     def notes(stream):
@@ -425,7 +422,9 @@ def test_patched_process_current_thread_is_not_the_next_connection_s(together, t
 
 
 @in_a_patched_process
-@pytest.mark.parametrize("does", [lambda: None, lambda: log.warning("x"), threading.current_thread], ids=["nothing", "logs", "asks for its thread"])
+@pytest.mark.parametrize(
+    "does", [lambda: None, lambda: log.warning("x"), threading.current_thread], ids=["nothing", "logs", "asks for its thread"]
+)
 def test_patched_process_ten_connections_one_after_the_other_use_one_greenlet(does, two, recorder):
     ten_connections(does, two, recorder)
     assert two.pool.made == 1
@@ -578,7 +577,7 @@ def change_greenlet(stream, kept):
 
 
 def dispose(stream, kept):
-    """End the greenlets that were put aside, which would each tell the stream that it is at its end."""
+    """End the greenlets that were put aside; each of them will say that this is the end of the stream."""
     assert stream.closed
     stream.on_close = lambda: None
     for old in kept:
@@ -586,13 +585,16 @@ def dispose(stream, kept):
     gevent.sleep(0)
 
 
-def waits(stream):
-    return lambda: stream._turn & 1
+def let_it_wait(stream, end):
+    """Return once the stream has taken everything that was sent to it and waits for more."""
+    while not (end.all_taken and stream._turn & 1):
+        gevent.sleep(0)
 
 
+#: Bytes of a stream's first receive at most, which grow fourfold after one that was filled.
 RECEIVE = 4096
 
-#: (delimiter, pieces): each piece is one receive of the stream, unless it is larger than that may be.
+#: Delimiters, and pieces each of which is sent alone; more than the stream receives at once takes it several receives.
 INPUTS = {
     "bytes": (b"\n", [b"one\ntw", b"o\nthr", b"ee\n", b"\nfour", b" and more", b"\nrest"]),
     "bytes of two": (b"\r\n", [b"one\r", b"\ntwo\r\nth", b"ree\r", b"x\r\n", b"\r", b"\n", b"rest\r"]),
@@ -608,11 +610,9 @@ def chunks_of(stream_class, pieces, recorder, change_after=()):
     del recorder[:]
     kept = []
     stream, end = memory_pair(recorder.of(stream_class, "on_read", "on_end", "on_overflow_error", "on_close"))
-    end.wait_for(waits(stream)) if stream._turn & 1 else gevent.sleep(0)
     for number, piece in enumerate(pieces):
         end.send(piece)
-        while not (end.all_taken and stream._turn & 1):
-            gevent.sleep(0)
+        let_it_wait(stream, end)
         if number in change_after:
             change_greenlet(stream, kept)
     end.shutdown_output()
@@ -620,8 +620,7 @@ def chunks_of(stream_class, pieces, recorder, change_after=()):
     while not stream.closed:
         gevent.sleep(0)
     dispose(stream, kept)
-    events = [event for event in recorder if event != ("on_close",)]
-    return events
+    return [event for event in recorder if event != ("on_close",)]
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -640,8 +639,7 @@ def test_stream_that_changes_its_greenlet_keeps_the_size_of_its_receives(recorde
     stream, end = memory_pair(recorder.of(type("Lines", (Stream,), {"read_delimiter": b"\n"})))
     recorder.wait_for("on_connect")
     end.send(b"a" * RECEIVE)
-    while not (end.all_taken and stream._turn & 1):
-        gevent.sleep(0)
+    let_it_wait(stream, end)
     assert stream._receive_size == 4 * RECEIVE
     receive = stream._recv
 
@@ -701,8 +699,7 @@ def test_stream_that_changes_its_greenlet_still_writes_and_hears_what_is_posted(
     kept = []
     end.send(b"one\ntw")
     recorder.wait_for(("on_write", True))
-    while not stream._turn & 1:
-        gevent.sleep(0)
+    let_it_wait(stream, end)
     change_greenlet(stream, kept)
     end.send(b"o\nrest")
     assert end.wait_for(8) == b"one\ntwo\n"

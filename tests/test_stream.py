@@ -392,6 +392,39 @@ def test_delimiter_changed_from_another_greenlet_reaches_what_waits(server_of, p
     assert unread(stream) == left
 
 
+def test_delimiter_changed_reaches_the_beginning_of_a_long_chunk_that_was_searched_in_vain(recorder):
+    stream, end = memory_pair(recorder.of(Lines))
+    for _ in range(5):
+        end.send(b"abc;" + bytes(4000))
+    until(lambda: unread(stream) == 5 * 4004)
+    stream.read_delimiter = ";"
+    recorder.wait_for(lambda events: len(chunks_of(events)) == 5)
+    assert chunks_of(recorder) == [b"abc", *[bytes(4000) + b"abc"] * 4]
+    stream.close()
+
+
+def test_delimiter_changed_twice_in_a_turn_does_not_disturb_the_callback_that_follows(server_of, peer, recorder):
+    """Each change asks for a wake-up of the stream; the second comes when a callback waits for something else."""
+    gate = Event()
+
+    def block(stream, data):
+        gate.wait()
+        recorder("done", gate.is_set())
+
+    server = server_of(recorder.of(Stream, read_delimiter=b"\n", on_read=block))
+    one = peer(server)
+    one.send(b"ab")
+    stream = only(server)
+    until(lambda: unread(stream) == 2)
+    stream.read_delimiter = 1
+    stream.read_delimiter = 2
+    turns()
+    assert recorder.names() == ["on_connect", "on_read"]
+    gate.set()
+    recorder.wait_for("done")
+    assert recorder == [("on_connect",), ("on_read", b"ab"), ("done", True)]
+
+
 def test_delimiter_changed_from_another_greenlet_while_a_callback_blocks(server_of, peer, recorder):
     gate = Event()
 

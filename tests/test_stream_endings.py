@@ -11,7 +11,7 @@ from peers import in_thread
 from waiting import lingering, nothing_is_kept, turns, unsent, until  # noqa: F401
 
 from pants_green import ChannelClosed, Client, CloseReason, Connection, Engine, Stream
-from pants_green.engine import Worker
+from pants_green._pool import Worker
 from pants_green.testing import memory_pair
 
 KIB = 1024

@@ -150,6 +150,39 @@ def test_sweep_many_cancelled_timers_do_not_stay():
     assert drain(heap) == [keeper]
 
 
+def test_sweep_only_when_more_than_half_is_cancelled():
+    """It looks at every timer, so it must not happen at each cancel."""
+    heap = TimerHeap()
+    timers = pushed(heap, *map(float, range(1000)))
+    before = heap._heap
+    for one in timers[500:]:
+        one.cancel()
+        assert heap._heap is before
+    timers[499].cancel()
+    assert len(heap._heap) == len(heap) == 499
+
+
+def test_sweep_of_a_few_does_not_happen():
+    heap = TimerHeap()
+    timers = pushed(heap, *map(float, range(SWEEP_AT + 1)))
+    before = heap._heap
+    for one in timers[1:]:
+        one.cancel()
+        assert heap._heap is before
+    timers[0].cancel()
+    assert len(heap._heap) == 0
+
+
+def test_sweep_of_timers_in_no_order_leaves_the_others_in_order():
+    heap = TimerHeap()
+    whens = [float(number * 7919 % 1009) for number in range(1009)]
+    timers = pushed(heap, *whens)
+    for place, one in enumerate(timers):
+        if place % 5:
+            one.cancel()
+    assert [one.when for one in drain(heap)] == sorted(whens[::5])
+
+
 def test_sweep_cancelled_after_it_are_counted_right():
     heap = TimerHeap()
     timers = pushed(heap, *map(float, range(400)))
