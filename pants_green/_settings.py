@@ -1,9 +1,10 @@
 """Attributes of a class that are checked wherever they are set; knows nothing of what they mean."""
 
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["Setting", "byte_count"]
+__all__ = ["Setting", "SettingsType", "byte_count"]
 
 T = TypeVar("T")
 
@@ -44,6 +45,47 @@ class Setting(Generic[T]):
         setting = type(self)(self.check(f"{owner.__name__}.{self.name}", value), self.check)
         setting.__set_name__(owner, self.name)
         return setting
+
+
+class SettingsType(ABCMeta):
+    """The type of classes with settings: what a class says of one is checked, when it is made and whenever it is changed.
+
+    An ABCMeta, so that such a class can be an abstract one too.
+    """
+
+    #: The settings of the class by name, its own and the inherited ones.
+    _settings: dict[str, Setting[Any]]
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, namespace, **kwargs)
+        cls._settle()
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        settings = vars(cls).get("_settings", {})
+        if name not in settings or isinstance(value, Setting):
+            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, settings[name].redefined(cls, value))
+        cls._settle()
+
+    def _settle(cls) -> None:
+        """Make a setting of everything that this class, or a mixin of it, says of one; then see to the subclasses."""
+        found: dict[str, Setting[Any]] = {}
+        for base in reversed(cls.__mro__):
+            found.update((name, value) for name, value in vars(base).items() if isinstance(value, Setting))
+        for name, setting in found.items():
+            nearest = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+            if not isinstance(nearest, Setting):
+                found[name] = setting.redefined(cls, nearest)
+                super().__setattr__(name, found[name])
+        super().__setattr__("_settings", found)
+        cls._settled()
+        subclasses: list[Any] = cls.__subclasses__()
+        for subclass in subclasses:
+            subclass._settle()
+
+    def _settled(cls) -> None:
+        """Called when the settings of the class are known or have changed."""
 
 
 def byte_count(name: str, value: Any) -> int:

@@ -113,12 +113,8 @@ class StreamState(StreamCallbacks):
     #: The values of the settings above that a new instance begins with.
     _initial: ClassVar[tuple[Any, ...]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._prepare()
-
     @classmethod
-    def _prepare(cls) -> None:
+    def _settled(cls) -> None:
         """Work out once for the class what every instance would have to look up."""
         delimiter = cls.read_delimiter
         framer = framer_for(delimiter)
@@ -212,5 +208,3 @@ class StreamState(StreamCallbacks):
             self._active = INTERRUPTED
             super()._post(name, *args)
 
-
-StreamState._prepare()

@@ -11,7 +11,7 @@ from greenlet import getcurrent
 
 from pants_green._address import format_address
 from pants_green._lifecycle import CLOSED, NEW, CloseReason, Event
-from pants_green._settings import Setting
+from pants_green._settings import SettingsType
 from pants_green.engine import Engine, engine_for
 from pants_green.errors import ChannelClosed, ChannelStateError
 
@@ -24,7 +24,7 @@ PEER_DOING = frozenset({CloseReason.PEER_ENDED, CloseReason.PEER_LEFT})
 STARTING: Any = object()
 
 
-class Channel:
+class Channel(metaclass=SettingsType):
     """The base of streams and servers. Not made by itself.
 
     All callbacks of one channel run one at a time: a stream's in the greenlet of its connection, a server's in a
@@ -46,24 +46,6 @@ class Channel:
         "_state",
         "_turn",
     )
-
-    #: The settings of this class by name.
-    _settings: ClassVar[dict[str, Setting[Any]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        settings = dict(cls._settings)
-        for name, value in vars(cls).items():
-            if isinstance(value, Setting):
-                settings[name] = value
-        for name, setting in settings.items():
-            # The nearest class that says anything, a mixin that is no channel included.
-            value = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
-            if not isinstance(value, Setting):
-                value = setting.redefined(cls, value)
-                setattr(cls, name, value)
-            settings[name] = value
-        cls._settings = settings
 
     def __init__(self, engine: Any = None) -> None:
         self._engine: Engine = engine if type(engine) is Engine else engine_for(engine)

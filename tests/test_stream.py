@@ -325,6 +325,23 @@ def test_delimiter_may_be_set_wherever_attributes_are_set(server_of, peer, recor
     assert chunks_of(recorder) == [b"a", b"b"]
 
 
+def test_settings_may_be_changed_on_the_class_after_it_was_made(server_of, peer, recorder):
+    """As programs do that configure the classes of others; what an instance says comes first all the same."""
+
+    def change(stream, line):
+        stream.read_delimiter = 2
+
+    kind = recorder.of(Stream, on_read=change)
+    kind.read_delimiter = b"\n"
+    kind.buffer_size = 4
+    server = server_of(kind)
+    one = peer(server)
+    one.send(b"a\nbcd\n")
+    recorder.wait_for(lambda events: len(chunks_of(events)) == 3)
+    assert chunks_of(recorder) == [b"a", b"bc", b"d\n"]
+    assert only(server).buffer_size == 4
+
+
 class Packets(Connection):
     """A length in 4 bytes, a body of that length, a line."""
 
@@ -1071,6 +1088,16 @@ def test_output_made_by_others_never_stops_reading(server_of, peer, recorder):
     one.send(b"here\r\n")
     recorder.wait_for(("on_read", b"here"))
     assert unsent(stream) > 1000
+
+
+def test_everything_comes_back_from_an_echo_that_is_read_while_it_is_written(server_of, peer, recorder):
+    one = peer(server_of(recorder.of(Echo, "on_end", "on_close", high_water=64 * KIB)), rcvbuf=65536)
+    data = payload(BIG)
+    sender = gevent.spawn(lambda: (one.send(data), one.shutdown_output()))
+    assert one.recv_all() == data
+    sender.join()
+    recorder.wait_for("on_close")
+    assert recorder == [("on_end", b""), ("on_close",)]
 
 
 # ---- Half-close

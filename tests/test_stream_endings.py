@@ -982,6 +982,27 @@ def test_timeout_of_its_own_that_fires_in_a_wait_ends_that_connection(server_of,
     patient.clear()
 
 
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_kill_of_the_greenlet_ends_that_connection(server_of, peer, recorder, caplog, situation):
+    greenlets = []
+
+    class Killable(Busy):
+        def on_read(self, line):
+            greenlets[:] = [gevent.getcurrent()]
+            super().on_read(line)
+
+    gate = Event()
+    server = server_of(recorder.of(Killable, "on_close"))
+    one = peer(server, rcvbuf=4096)
+    stream = only(server)
+    situation(server, one, gate)
+    gevent.kill(greenlets.pop())
+    recorder.wait_for("on_close")
+    assert stream.close_reason is CloseReason.CALLBACK_ERROR
+    assert isinstance(stream.close_error, gevent.GreenletExit)
+    assert [record.channel for record in caplog.records] == [stream]
+
+
 def test_timeout_left_behind_by_one_connection_does_not_hit_another(server_of, peer, recorder):
     def leave_one_behind(stream, data):
         if data == b"timeout":
