@@ -5,6 +5,7 @@ What a connection does with its bytes is in ``stream``.
 
 import contextvars
 import logging
+import math
 import socket as stdlib_socket
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -28,6 +29,9 @@ ACCEPT_AT_ONCE = 100
 BACK_OFF_LEAST = 0.05
 BACK_OFF_MOST = 1.0
 
+#: Seconds since the latest shortage of descriptors after which another one is worth a line of its own in the log.
+EPISODE = 1.0
+
 
 class StreamServer(Channel):
     """Listens, and hands every accepted socket to ``on_accept``; keeps no connections. `Server` is what you usually want.
@@ -36,7 +40,7 @@ class StreamServer(Channel):
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
     """
 
-    __slots__ = ("_accept_at_once", "_back_off", "_ended", "_ending", "_listeners", "_paused")
+    __slots__ = ("_accept_at_once", "_back_off", "_ended", "_ending", "_exhausted_at", "_exhaustion_told", "_listeners", "_paused")
 
     #: Whether `_children` knows the streams that stand on this server; else the engine does.
     _keeps_streams: ClassVar[bool] = False
@@ -48,6 +52,8 @@ class StreamServer(Channel):
         self._listeners: list[_sockets.Listener] = []
         self._accept_at_once = ACCEPT_AT_ONCE
         self._back_off = 0.0
+        self._exhausted_at = -math.inf
+        self._exhaustion_told = False
         self._paused: Any = None
         self._ending = True
         self._ended = False
@@ -137,8 +143,7 @@ class StreamServer(Channel):
                 self._accept_failed(error)
                 return
             if self._back_off:
-                self._back_off = 0.0
-                self._log(logging.INFO, "accepting again", event="accept_resumed")
+                self._accepted_again()
             self._engine._run(self._welcome, (sock, remote, listener.local), self._context)
             if self._state is not LISTENING:
                 return
@@ -149,11 +154,21 @@ class StreamServer(Channel):
             self._post("on_error", error)
             self._stop_accepting()
             return
-        if not self._back_off:
+        now = self._engine._clock()
+        if not self._back_off and now - self._exhausted_at > EPISODE:
+            self._exhaustion_told = True
             self._log(logging.WARNING, "cannot accept: %s; connections wait until descriptors are free", error, event="accept_paused")
+        self._exhausted_at = now
         self._back_off = min(max(self._back_off * 2, BACK_OFF_LEAST), BACK_OFF_MOST)
         self._stop_accepting()
         self._paused = self._engine._in_hub_after(self._back_off, self._resume_accepting)
+
+    def _accepted_again(self) -> None:
+        """Hub: a connection could be taken after some could not."""
+        self._back_off = 0.0
+        if self._exhaustion_told:
+            self._exhaustion_told = False
+            self._log(logging.INFO, "accepting again", event="accept_resumed")
 
     def _resume_accepting(self) -> None:
         if self._state is LISTENING:
@@ -366,6 +381,11 @@ class Server(StreamServer):
             addr: the peer's address, ``(host, port)`` or with four elements for IPv6.
         """
         self.ConnectionClass(socket=sock, server=self)
+        if getattr(getcurrent(), "offered", None) is not None:
+            raise TypeError(
+                f"{type(self).__name__}.ConnectionClass, {self.ConnectionClass!r}, made no stream of the socket; "
+                "its __init__ has to call super().__init__(socket, server)"
+            )
 
     def _place(self, stream: Any, state: State) -> None:
         """Keep a stream of ours where it belongs: among the connected, among those that end, or nowhere."""

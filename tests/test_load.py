@@ -406,12 +406,13 @@ def test_fairness_two_floods_starve_neither_a_small_echo_nor_timers(serving, pee
         assert flood.line() == {"flooding": True}
     serving.ask("tick")
     seconds = peers("trips", serving.ports["lines"], 40).line()["seconds"]
-    ticks = serving.ask("ticks")
+    # The test's deadline is that of the timer too.
+    while (ticks := serving.ask("ticks"))["count"] < 20:
+        gevent.sleep(0.01)
     for flood in floods:
         assert flood.finish()["received"] > 2 * MIB
     assert len(seconds) == 40
     assert statistics.median(seconds) < 0.25
-    assert ticks["count"] >= 3
     assert ticks["longest"] < 2.0
 
 

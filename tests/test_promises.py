@@ -1,10 +1,10 @@
-"""The programs of the old documents, run as they stand there; only ``pants`` is ``pants_green``, and their ports are free ones."""
+"""The programs of the old documents, run as they stand there, but on free ports and with ``pants_green`` for ``pants``."""
 
 import re
 import threading
 
 import pytest
-from children import Child, Peer, free_port, wait_until_listening
+from children import ROOT, Child, Peer, free_port, wait_until_listening
 
 #: Typed in after programs whose documents come before engines were invented.
 RUN_IT = "\nfrom pants_green import engine\nengine.start()\n"
@@ -97,6 +97,11 @@ Server(LineOriented).listen(8080)
 """
 
 
+def tutorial(number):
+    """Return the source of a tutorial."""
+    return (ROOT / "examples" / f"tutorial{number}.py").read_text()
+
+
 @pytest.fixture
 def run(tmp_path):
     """Return a function that runs a program, on a free port, and returns that port and the child."""
@@ -104,7 +109,7 @@ def run(tmp_path):
 
     def start(source):
         port = free_port()
-        source = re.sub(r"\b(?:8080|4000)\b", str(port), source.replace(".listen()", f".listen({port})"))
+        source = re.sub(r"\b(?:8080|4040|4000)\b", str(port), source.replace(".listen()", f".listen({port})"))
         program = tmp_path / f"program{len(children)}.py"
         program.write_text(source if "engine.start" in source else source + RUN_IT)
         child = Child(program)
@@ -148,6 +153,44 @@ def test_s0_11_s0_12_s0_13_everybody_gets_the_broadcast_the_sender_included(run)
                 assert leaves.rest() == b""
             one.send(b"who is left?")
             assert one.read(12) == other.read(12) == b"who is left?"
+    assert child.error_output() == ""
+
+
+def test_s3_5_s3_6_s3_8_tutorial_1_echoes_line_by_line_and_has_7_lines(run):
+    source = tutorial(1)
+    code = [line for line in source.splitlines() if line and not line.startswith("#")]
+    assert len(code) == 7
+    port, child = run(source)
+    with Peer(port, "localhost") as one:
+        for line in (b"first\r\n", b"second\r\n"):
+            one.send(line)
+            assert one.read(len(line)) == line
+    assert child.error_output() == ""
+
+
+def test_s3_12_s3_14_tutorial_2_sends_blocks_of_8_back_as_lines(run):
+    port, child = run(tutorial(2))
+    with Peer(port) as one:
+        for piece in (b"123", b"45678ABCDEFGHx"):
+            one.send(piece)
+        assert one.read(20) == b"12345678\r\nABCDEFGH\r\n"
+        assert one.rest() == b""
+    assert child.error_output() == ""
+
+
+def test_s3_18_s3_19_s3_20_s3_21_s3_22_tutorial_3_is_a_chat(run):
+    joined, left = b"Connected: 127.0.0.1\r\n", b"Disconnected: 127.0.0.1\r\n"
+    said = b"127.0.0.1: one\r\n127.0.0.1: two\r\n"
+    port, child = run(tutorial(3))
+    with Peer(port) as a:
+        assert a.read(len(joined)) == joined
+        with Peer(port) as b:
+            assert b.read(len(joined)) == a.read(len(joined)) == joined
+            a.send(b"one\r\ntwo\r\npart")
+            assert a.read(len(said)) == b.read(len(said)) == said
+            assert a.rest() == b""
+            assert b.read(len(left)) == left
+            assert b.rest() == b""
     assert child.error_output() == ""
 
 

@@ -77,7 +77,7 @@ def free_port():
 # ---- Making
 
 
-def test_s2_3_server_wraps_each_connection_in_an_instance_of_its_class(server_of, peer):
+def test_s0_2_s1_8_s2_3_server_wraps_each_connection_in_an_instance_of_its_class(server_of, peer):
     server = server_of(Echo)
     first, second = peer(server), peer(server)
     assert {type(channel) for channel in channels_of(server, 2)} == {Echo}
@@ -173,7 +173,7 @@ def test_s2_28_listen_returns_the_server(open_server):
     assert server.listening
 
 
-def test_s2_20_s2_33_on_listen_is_called_before_listen_returns(open_server, recorder):
+def test_s2_20_s2_33_s4_7_on_listen_is_called_before_listen_returns(open_server, recorder):
     class Proud(Server):
         def on_listen(self):
             recorder("on_listen", self.listening, self.local_address)
@@ -377,7 +377,7 @@ def test_s2_16_s2_27_listening_after_close_is_a_runtime_error(recorder, listened
     ],
     ids=repr,
 )
-def test_s2_2_s2_24_s2_29_families_that_are_served(open_server, peer, address, slave, v4, v6):
+def test_s2_2_s2_24_s2_25_s2_29_families_that_are_served(open_server, peer, address, slave, v4, v6):
     server = open_server(Server(Echo)).listen(address, slave=slave)
     port = server.local_address[1]
     for host, served in (("127.0.0.1", v4), ("::1", v6)):
@@ -411,7 +411,7 @@ def test_addresses_of_an_ipv6_connection_have_four_elements(server_of, peer):
     assert len(channel.remote_address) == len(server.local_address) == 4
 
 
-def test_s1_10_name_is_listened_on_at_all_its_addresses(open_server, peer, monkeypatch):
+def test_s2_20_name_is_listened_on_at_all_its_addresses(open_server, peer, monkeypatch):
     from pants_green._address import Address
 
     hosts = ["127.0.0.1", "127.0.0.2"]
@@ -427,7 +427,7 @@ def test_s1_10_name_is_listened_on_at_all_its_addresses(open_server, peer, monke
         assert answers(peer((host, server.local_address[1])))
 
 
-def test_s2_21_name_that_nobody_knows_is_an_error_at_the_call(open_server, monkeypatch):
+def test_name_that_nobody_knows_is_an_error_at_the_call(open_server, monkeypatch):
     def resolve(address):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -503,7 +503,7 @@ def test_descriptor_that_is_used_again_is_the_new_connections_key(server_of, pee
 # ---- Accepting
 
 
-def test_s4_25_stream_server_hands_out_the_raw_socket(open_server, peer, recorder):
+def test_s4_8_s4_25_stream_server_hands_out_the_raw_socket(open_server, peer, recorder):
     class Raw(StreamServer):
         def on_accept(self, sock, addr):
             recorder(addr)
@@ -515,6 +515,20 @@ def test_s4_25_stream_server_hands_out_the_raw_socket(open_server, peer, recorde
     one.send(b"raw")
     assert one.recv_all() == b"RAW"
     assert recorder == [one.address]
+
+
+def test_s4_26_stream_server_closes(open_server, recorder):
+    class Noting(StreamServer):
+        def on_close(self):
+            recorder("on_close")
+
+    server = open_server(Noting()).listen(LOCAL)
+    server.close()
+    server.close()
+    assert refuses(server.local_address)
+    recorder.wait_for("on_close")
+    turns()
+    assert recorder == ["on_close"]
 
 
 def test_stream_server_closes_what_nobody_wants(open_server, peer):
@@ -1065,7 +1079,7 @@ def test_close_in_a_foreign_thread_is_refused(open_server):
     assert server.listening
 
 
-def test_s2_14_server_is_silent_about_what_it_does_unless_asked(open_server, peer, caplog):
+def test_server_logs_that_it_listens_and_that_it_closed_and_nothing_else(open_server, peer, caplog):
     caplog.set_level(logging.INFO, "pants_green")
     server = open_server(Server(Echo)).listen(LOCAL)
     assert answers(peer(server))
@@ -1090,3 +1104,16 @@ def test_s1_2_s4_18_classes_stand_where_the_documents_say():
     assert issubclass(Client, Stream)
     assert issubclass(Server, StreamServer)
     assert not issubclass(StreamServer, Stream)
+
+
+def test_s4_3_s4_10_every_kind_of_channel_has_its_callbacks_and_no_others():
+    of_streams = ("on_connect", "on_connect_error", "on_read", "on_write")
+    of_servers = ("on_listen", "on_accept")
+    for name in (*of_streams, "on_close"):
+        assert callable(getattr(Stream, name))
+    for name in (*of_servers, "on_close"):
+        assert callable(getattr(Server, name))
+        assert callable(getattr(StreamServer, name))
+    for name in of_streams:
+        assert not hasattr(Server, name)
+    assert not hasattr(Stream, "on_accept")

@@ -64,7 +64,7 @@ def payload(size):
 # ---- Opening
 
 
-def test_s1_7_s3_5_echo_answers(server_of, peer):
+def test_s1_5_s1_7_s1_9_s3_5_s3_7_echo_answers(server_of, peer):
     one = peer(server_of(Echo))
     one.send(b"hello")
     assert one.recv_exactly(5) == b"hello"
@@ -220,7 +220,7 @@ LINES = b"one\r\ntwo\r\n\r\n\r three \n\r\n"
         pytest.param(1, b"abc", [b"a", b"b", b"c"], b"", id="int 1"),
     ],
 )
-def test_s4_12_delimiter_gives_the_same_chunks_however_the_bytes_are_cut(recorder, delimiter, data, chunks, rest):
+def test_s3_15_s4_12_s4_15_delimiter_gives_the_same_chunks_however_the_bytes_are_cut(recorder, delimiter, data, chunks, rest):
     for pieces in fragmentations(data):
         recorder.clear()
         _stream, end = memory_pair(recorder.of(Stream, read_delimiter=delimiter))
@@ -246,7 +246,7 @@ def test_long_chunks_arrive_whole_over_a_socket(server_of, peer, recorder, delim
     assert ("on_end", b"") in recorder
 
 
-def test_s4_13_none_passes_on_at_once_what_arrives(server_of, peer, recorder):
+def test_s3_17_s4_13_none_passes_on_at_once_what_arrives(server_of, peer, recorder):
     one = peer(server_of(recorder.of(Stream)))
     for number, data in enumerate((b"a", b"bc", b"d\r\n"), 1):
         one.send(data)
@@ -899,7 +899,7 @@ def test_write_from_the_greenlet_of_a_user(server_of, peer):
     assert one.recv_exactly(7) == b"spawned"
 
 
-def test_write_from_another_connection_reaches_everybody_in_order(server_of, peer):
+def test_s3_18_write_from_another_connection_reaches_everybody_in_order(server_of, peer):
     class Chat(Lines):
         def on_read(self, line):
             for channel in self.server.channels.values():
