@@ -189,8 +189,8 @@ def test_clients_two_thousand_at_once_each_get_their_own_bytes_back(server_of, p
 
 
 def test_s2_6_accept_a_thousand_queued_before_the_engine_runs_are_all_served(server_of, descriptors):
-    with open("/proc/sys/net/core/somaxconn") if os.path.exists("/proc/sys/net/core/somaxconn") else open(os.devnull) as file:
-        queue = int(file.read() or 128)
+    limit = Path("/proc/sys/net/core/somaxconn")
+    queue = int(limit.read_text()) if limit.exists() else 128
     count = min(1000, queue, 1024, (descriptors - 200) // 2)
     server = server_of(EchoLines)
     socks = []

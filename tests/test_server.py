@@ -803,8 +803,9 @@ def test_connection_that_dies_in_the_queue_is_no_trouble(open_server, peer, capl
 
 EXHAUSTED = """
 import logging, os, resource, sys, time
-from pants_green import Connection, Engine, Server
+from pants_green import Connection, Engine, Server, server
 
+server.EPISODE = 0.0  # the second shortage of the test follows at once
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(message)s")
 
 class Status(Connection):
@@ -890,6 +891,16 @@ def test_machine_that_is_exhausted_for_a_while_is_told_once(server_of, peer, cap
         (logging.INFO, "accept_resumed"),
     ]
     assert server.listening
+
+
+def test_machine_at_its_limit_does_not_fill_the_log(server_of, peer, caplog, failing_accept):
+    """A descriptor becomes free, a connection takes it, none is left: again and again."""
+    caplog.set_level(logging.INFO, "pants_green")
+    server = server_of(Echo)
+    for _ in range(3):
+        failing_accept.append(errno.EMFILE)
+        assert answers(peer(server))
+    assert [record.event for record in caplog.records[1:]] == ["accept_paused", "accept_resumed"]
 
 
 def test_server_closed_while_it_waits_for_descriptors(open_server, peer, recorder, failing_accept):
