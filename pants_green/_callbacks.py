@@ -4,12 +4,57 @@ Who calls them is in ``stream``.
 """
 
 import logging
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 from pants_green._lifecycle import CloseReason
 from pants_green.channel import Channel
 from pants_green.errors import StreamBufferOverflow, StreamConnectError
 
 __all__ = ["StreamCallbacks"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class OptionalCallback:
+    """A method that is called only if somebody has overridden it, for calling it costs something.
+
+    A subclass that overrides it is seen when the class is made; that an instance is given its own has to be noticed when it
+    happens, which is what this is for. To look at each flush costs 5 % of the instructions of a round trip.
+
+    Args:
+        function: what it does if nobody has.
+        heard: the attribute of the instance that is to be true once somebody has.
+    """
+
+    def __init__(self, function: Callable[..., Any], heard: str) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.heard = heard
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self.function
+        own = instance.__dict__.get(self.name)
+        return MethodType(self.function, instance) if own is None else own
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = value
+        setattr(instance, self.heard, True)
+
+    def __delete__(self, instance: Any) -> None:
+        del instance.__dict__[self.name]
+
+
+def optional(heard: str) -> Callable[[F], F]:
+    """Make an `OptionalCallback` of a method."""
+
+    def make(method: F) -> F:
+        return cast(F, OptionalCallback(method, heard))
+
+    return make
 
 
 class StreamCallbacks(Channel):
@@ -46,6 +91,7 @@ class StreamCallbacks(Channel):
         """
         self.handle_read(data)
 
+    @optional("_end_heard")
     def on_end(self, rest: bytes) -> None:
         """The peer has ended its side (FIN); by default nothing is done about `rest`.
 
@@ -86,6 +132,7 @@ class StreamCallbacks(Channel):
 
     # ---- writing
 
+    @optional("_write_heard")
     def on_write(self) -> None:
         """Everything that was written has been handed to the kernel.
 
@@ -105,5 +152,6 @@ class StreamCallbacks(Channel):
         """
         self._log(logging.WARNING, "writing failed: %s", exception, event="write_error")
 
+    @optional("_write_heard")
     def handle_write(self) -> None:
         """The oldest name of ``on_write``."""

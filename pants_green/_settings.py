@@ -62,11 +62,11 @@ class SettingsType(ABCMeta):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         settings = vars(cls).get("_settings", {})
-        if name not in settings or isinstance(value, Setting):
-            super().__setattr__(name, value)
-            return
-        super().__setattr__(name, settings[name].redefined(cls, value))
-        cls._settle()
+        if name in settings and not isinstance(value, Setting):
+            value = settings[name].redefined(cls, value)
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            cls._settle()
 
     def _settle(cls) -> None:
         """Make a setting of everything that this class, or a mixin of it, says of one; then see to the subclasses."""

@@ -18,12 +18,12 @@ from pants_green.framing import Inbox, framer_for
 if TYPE_CHECKING:
     from pants_green.server import Server
 
-__all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "StreamState", "unheard"]
+__all__ = ["INTERRUPTED", "KIB", "RECEIVE_FIRST", "REFUSED", "StreamState"]
 
 KIB = 1024
 
-#: Bytes of the smallest receive, with which a stream begins.
-RECEIVE_LEAST = 4 * KIB
+#: Bytes of a stream's first receive.
+RECEIVE_FIRST = 4 * KIB
 
 #: What stands in the place of the delimiter when there is more to look at than the next chunk: something was posted, or the
 #: stream is not read any more. So the hot loop has one identity check per chunk.
@@ -31,14 +31,6 @@ INTERRUPTED: Any = type("Interrupted", (), {"__slots__": (), "__repr__": lambda 
 
 #: What stands in the place of the outbox's list while nothing may be written.
 REFUSED: Any = ()
-
-#: on_write is posted only if somebody listens: if it is not this function.
-unheard = StreamCallbacks.on_write
-
-
-def _hand_on(self: StreamCallbacks) -> None:
-    """``on_write`` of a class that overrides only ``handle_write``."""
-    StreamCallbacks.on_write(self)
 
 
 def _delimiter(name: str, value: Any) -> Any:
@@ -71,6 +63,7 @@ class StreamState(StreamCallbacks):
     __slots__ = (
         "_active",
         "_buffer_size",
+        "_end_heard",
         "_framer",
         "_high_water",
         "_inbox",
@@ -90,6 +83,7 @@ class StreamState(StreamCallbacks):
         "_sending",
         "_server",
         "_told",
+        "_write_heard",
         "_writer",
     )
 
@@ -118,19 +112,28 @@ class StreamState(StreamCallbacks):
         """Work out once for the class what every instance would have to look up."""
         delimiter = cls.read_delimiter
         framer = framer_for(delimiter)
-        cls._initial = (delimiter, framer, framer, cls.buffer_size, cls.high_water, cls.low_water)
-        if cls.on_write is unheard and cls.handle_write is not StreamCallbacks.handle_write:
-            cls.on_write = _hand_on  # type: ignore[method-assign]
+        write_heard = cls.on_write is not StreamCallbacks.on_write or cls.handle_write is not StreamCallbacks.handle_write
+        end_heard = cls.on_end is not StreamCallbacks.on_end
+        cls._initial = (delimiter, framer, framer, cls.buffer_size, cls.high_water, cls.low_water, write_heard, end_heard)
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
         Channel.__init__(self, server._engine if engine is None and server is not None else engine)
-        self._read_delimiter, self._framer, self._active, self._buffer_size, self._high_water, self._low_water = self._initial
+        (
+            self._read_delimiter,
+            self._framer,
+            self._active,
+            self._buffer_size,
+            self._high_water,
+            self._low_water,
+            self._write_heard,
+            self._end_heard,
+        ) = self._initial
         self._server = server
         self._key: int | None = None
         self._remote: Any = None
         self._remote_override: Any = None
         self._inbox = Inbox()
-        self._receive_size = RECEIVE_LEAST
+        self._receive_size = RECEIVE_FIRST
         self._peer_ended = False
         self._outbox = Outbox()
         self._out: Any = REFUSED
@@ -201,7 +204,8 @@ class StreamState(StreamCallbacks):
         """Make the greenlet look up from its reading, wherever it is."""
         if not self._told:
             self._active = INTERRUPTED
-            self._alert()
+            if self._turn & 1 or self._greenlet is None:
+                self._alert()
 
     def _post(self, name: str, *args: Any) -> None:
         if not self._told:

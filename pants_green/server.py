@@ -181,6 +181,8 @@ class StreamServer(Channel):
         sock, remote, _ = accepted
         try:
             self.on_accept(sock, remote)
+            if worker.offered is not None:
+                self._not_taken_over()
         except BaseException as error:
             self._turned_away(sock, error, worker.claimed)
             worker.claimed = None
@@ -192,6 +194,9 @@ class StreamServer(Channel):
             if self._ended:
                 stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
             stream._live(None)
+
+    def _not_taken_over(self) -> None:
+        """on_accept made no stream of the socket: it keeps it, or has closed it."""
 
     def _turned_away(self, sock: Any, error: BaseException, stream: Any) -> None:
         """on_accept, or the constructor of the connection, raised: it costs that socket and nothing else."""
@@ -381,7 +386,9 @@ class Server(StreamServer):
             addr: the peer's address, ``(host, port)`` or with four elements for IPv6.
         """
         self.ConnectionClass(socket=sock, server=self)
-        if getattr(getcurrent(), "offered", None) is not None:
+
+    def _not_taken_over(self) -> None:
+        if not self._overrides("on_accept", Server):
             raise TypeError(
                 f"{type(self).__name__}.ConnectionClass, {self.ConnectionClass!r}, made no stream of the socket; "
                 "its __init__ has to call super().__init__(socket, server)"

@@ -38,7 +38,7 @@ from pants_green._lifecycle import (
 )
 from pants_green._linger import Linger
 from pants_green._pool import Worker
-from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, StreamState, unheard
+from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_FIRST, REFUSED, StreamState
 from pants_green.channel import STARTING
 from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow
 from pants_green.framing import NOTHING, Framer
@@ -48,9 +48,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Stream", "StreamServer"]
 
-#: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and fall back to the smallest
-#: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
+#: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and shrink after small ones.
+#: Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
 RECEIVE_MOST = 256 * KIB
+
+#: A receive of less than so many bytes makes the next one a small one, of less than a KiB one of the first size.
+SMALL = 240
+
+#: Bytes of a small receive: as much as Python takes from its own allocator, which saves 6 % of the instructions of a
+#: round trip of 64 bytes.
+RECEIVE_SMALL = 2 * SMALL - 1
 
 #: Seconds for which a stream that fills every receive goes on before the others get their turn. Shorter turns are fairer
 #: and slower, for each stream finds its data gone from the cache: bulk 1.49 of raw gevent without any limit, 1.41 with
@@ -240,14 +247,17 @@ class Stream(StreamState):
                     self._wait_for_room(self._low_water)
                 if received == size:
                     if size < RECEIVE_MOST:
-                        size = self._receive_size = size * 4
+                        size = self._receive_size = min(size * 4, RECEIVE_MOST)
                     now = clock()
                     if not turn_began:
                         turn_began = now
                     if now - turn_began < TURN:
                         continue
-                elif size != RECEIVE_LEAST and received < KIB:
-                    size = self._receive_size = RECEIVE_LEAST
+                elif received < SMALL:
+                    if size != RECEIVE_SMALL:
+                        size = self._receive_size = RECEIVE_SMALL
+                elif received < KIB and size > RECEIVE_FIRST:
+                    size = self._receive_size = RECEIVE_FIRST
                 # Nothing is received again after a short receive: it would only meet EAGAIN (0.82 in ping-pong).
                 del data
             if self._active is INTERRUPTED:
@@ -343,6 +353,9 @@ class Stream(StreamState):
     def _input_ended(self) -> None:
         """The peer's FIN: every complete chunk has been delivered."""
         self._peer_ended = True
+        if not (self._end_heard or self._outbox.items or self.allow_half_open):
+            self._shut(PEER_ENDED)  # nobody listens and nothing is owed
+            return
         rest = self._inbox.take_all() if self._inbox.data else b""
         self._active = INTERRUPTED
         self._move(INPUT_ENDED_HALF_OPEN if self.allow_half_open else INPUT_ENDED)
@@ -450,17 +463,16 @@ class Stream(StreamState):
         if sent == outbox.size:
             items.clear()
             outbox.size = 0
-            try:
-                if self.on_write.__func__ is not unheard:  # type: ignore[attr-defined]
-                    self._post("_written")
-            except AttributeError:
-                self._post("_written")  # a plain function, set on the instance
+            if self._write_heard:
+                self._post("_written")
+            if self._room_at >= 0:
+                self._room_made()
         else:
             outbox.sent(sent)
             self._sending = True
             self._writer.start(self._writable)
-        if outbox.size <= self._room_at:
-            self._room_made()
+            if outbox.size <= self._room_at:
+                self._room_made()
 
     def _written(self) -> None:
         """Posted: everything was sent. Not worth telling if the stream was closed meanwhile."""

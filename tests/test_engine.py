@@ -425,14 +425,14 @@ def test_poll_returns_true_for_every_event_of_a_channel(server_of, recorder):
     server = server_of(recorder.of(Stream), read_delimiter=b"\n")
     one = Engine.instance()
     with plain_connection(server) as sock:
-        assert one.poll(10) is True
+        assert one.poll(3) is True
         assert recorder == [("on_connect",)]
         for count in (2, 3):
             sock.sendall(b"line\n")
-            assert one.poll(10) is True
+            assert one.poll(3) is True
             assert len(recorder) == count
         sock.shutdown(stdlib_socket.SHUT_WR)
-        assert one.poll(10) is True
+        assert one.poll(3) is True
         recorder.wait_for("on_close")
 
 
@@ -440,13 +440,13 @@ def test_poll_returns_true_when_a_dial_succeeds_or_fails(server_of, listening_pe
     listener = listening_peer()
     good = recorder.of(Stream, "on_connect", "on_connect_error")().connect(listener.address)
     while "on_connect" not in recorder.names():
-        assert engine.poll(10) is True
+        assert engine.poll(3) is True
     listener.close()
     good.abort()
     engine.poll(0)
     recorder.of(Stream, "on_connect", "on_connect_error")().connect(listener.address)
     while "on_connect_error" not in recorder.names():
-        assert engine.poll(10) is True
+        assert engine.poll(3) is True
 
 
 def test_poll_is_not_ended_by_greenlets_that_are_none_of_ours(own):
@@ -1382,7 +1382,7 @@ def test_d6_the_functions_of_the_module_do_what_the_methods_do(recorder):
     cycle = engine.cycle(0.001, recorder, "cycle")
     loop = engine.loop(recorder, "loop")
     engine.call_from_thread(recorder, "call_from_thread")
-    assert engine.poll(10) is True
+    assert engine.poll(3) is True
     wanted = {("callback", 1), ("defer", 2), ("defer", 3), "cycle", "loop", "call_from_thread"}
     recorder.wait_for(lambda seen: set(seen) == wanted)
     loop.cancel()

@@ -530,14 +530,22 @@ def test_idle_greenlet_holds_on_to_nothing_of_what_it_ran(kind, two, recorder):
 
 
 def test_greenlets_beyond_the_limit_of_idle_ones_end(two, recorder):
+    release = Event()
+
+    def waits():
+        recorder("began")
+        release.wait()
+        recorder("ended")
+
     for _ in range(20):
-        two.engine.callback(gevent.sleep, 0.001)
-    two.engine.defer(0.01, recorder, "later")
-    recorder.wait_for("later")
+        two.engine.callback(waits)
+    recorder.wait_for(20)
+    assert two.greenlets() == 20
+    release.set()
+    recorder.wait_for(40)
     gevent.sleep(0)
-    assert two.pool.made >= 20
-    assert len(two.pool) == 1
-    assert two.greenlets() == 1
+    assert two.pool.made == 20
+    assert two.greenlets() == len(two.pool) == 1
 
 
 def test_idle_connections_have_one_greenlet_each_at_most(two, recorder):
