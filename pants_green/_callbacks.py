@@ -30,22 +30,23 @@ class OptionalCallback:
 
     def __init__(self, function: Callable[..., Any], heard: str) -> None:
         self.function = function
-        self.name = function.__name__
+        # Not the callback's own name: that is where a subclass's instance keeps one, whose super() has to find ours.
+        self.key = f"_{function.__name__}_of_instance"
         self.heard = heard
         self.__doc__ = function.__doc__
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self.function
-        own = instance.__dict__.get(self.name)
+        own = instance.__dict__.get(self.key)
         return MethodType(self.function, instance) if own is None else own
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self.name] = value
+        instance.__dict__[self.key] = value
         setattr(instance, self.heard, True)
 
     def __delete__(self, instance: Any) -> None:
-        del instance.__dict__[self.name]
+        del instance.__dict__[self.key]
 
 
 def optional(heard: str) -> Callable[[F], F]:

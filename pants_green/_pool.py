@@ -70,8 +70,6 @@ class Pool:
         while free:
             worker = free.pop()
             if getrefcount(worker) == self._references and getweakrefcount(worker) == self._fresh and not worker.dead:
-                if worker.gr_context is not None:
-                    worker.gr_context = None
                 return worker
             # In a patched process one log call is enough to make gevent keep a dummy thread for the greenlet.
             if threading._active.pop(id(worker), None) is not None:  # type: ignore[attr-defined]
@@ -117,6 +115,8 @@ class Pool:
         worker = getcurrent()
         if worker.__dict__:
             worker.__dict__.clear()
+        if worker.gr_context is not None:
+            worker.gr_context = None
         self._free.append(worker)
         return True
 

@@ -78,6 +78,12 @@ class Scheduler:
         # update: the hub's own notion of now is as old as the current turn.
         self._alarm.start(self._alarmed, update=True)
 
+    def rearm(self) -> None:
+        """Set the alarm anew, whatever became of the one that was set."""
+        due = self._heap.next_due()
+        if due is not None:
+            self._arm(due)
+
     def _alarmed(self) -> None:
         """Hub: something is due."""
         self._alarm_at = math.inf

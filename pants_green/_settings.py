@@ -53,19 +53,31 @@ class SettingsType(ABCMeta):
     An ABCMeta, so that such a class can be an abstract one too.
     """
 
+    #: Names of other attributes of which `_settled` wants to know.
+    _watched: frozenset[str] = frozenset()
+
     #: The settings of the class by name, its own and the inherited ones.
     _settings: dict[str, Setting[Any]]
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(name, bases, namespace, **kwargs)
+        if namespace.get("__hash__", cls) is None:
+            cls.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
         cls._settle()
 
     def __setattr__(cls, name: str, value: Any) -> None:
         settings = vars(cls).get("_settings", {})
         if name in settings and not isinstance(value, Setting):
             value = settings[name].redefined(cls, value)
+        elif name == "__hash__" and value is None:
+            value = object.__hash__  # a dataclass, say, takes the hash away; but channels are kept in sets
         super().__setattr__(name, value)
-        if not name.startswith("_"):
+        if name in settings or name in cls._watched:
+            cls._settle()
+
+    def __delattr__(cls, name: str) -> None:
+        super().__delattr__(name)
+        if name in cls._settings or name in cls._watched:
             cls._settle()
 
     def _settle(cls) -> None:

@@ -25,7 +25,6 @@ __all__ = [
     "Listener",
     "Ports",
     "close",
-    "descriptor_of",
     "dial",
     "dial_result",
     "in_progress",
@@ -66,7 +65,7 @@ ACCEPT_AGAIN = frozenset(
     if hasattr(errno, name)
 )
 
-IN_PROGRESS = frozenset({errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EALREADY})
+IN_PROGRESS = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
 #: How often a free port is looked for that several listeners can share.
 SHARED_PORT_TRIES = 20
@@ -118,11 +117,11 @@ class Listener:
         """Stop calling back."""
         self.socket._read_event.stop()
 
-    def accept(self) -> tuple[Any, Any]:
+    def accept(self) -> tuple[Any, Any, Any, int]:
         """Take one connection off the queue.
 
         Returns:
-            the connection's gevent socket and the peer's address.
+            the connection's gevent socket, the peer's address, its own address (None: ask when wanted), its descriptor.
 
         Raises:
             BlockingIOError: the queue is empty.
@@ -130,10 +129,11 @@ class Listener:
         """
         descriptor, address = self._accept()
         try:
-            return GeventSocket(self.family, stdlib_socket.SOCK_STREAM, self._proto, descriptor), address
+            sock = GeventSocket(self.family, stdlib_socket.SOCK_STREAM, self._proto, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
+        return sock, address, self.local, descriptor
 
     def close(self) -> None:
         """Stop listening; the file of a Unix socket is removed."""
@@ -308,11 +308,6 @@ def close(sock: Any, reader: Any, writer: Any, *, reset: bool = False) -> None:
     sock._closed = True
     sock._read_event = sock._write_event = None
     sock._sock.close()
-
-
-def descriptor_of(sock: Any) -> int:
-    """Return the file descriptor of a gevent socket."""
-    return int(sock._sock.fileno())
 
 
 def local_sockaddr(sock: Any) -> Any:

@@ -18,12 +18,12 @@ from pants_green.framing import Inbox, framer_for
 if TYPE_CHECKING:
     from pants_green.server import Server
 
-__all__ = ["INTERRUPTED", "KIB", "RECEIVE_FIRST", "REFUSED", "StreamState"]
+__all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "StreamState"]
 
 KIB = 1024
 
-#: Bytes of a stream's first receive.
-RECEIVE_FIRST = 4 * KIB
+#: Bytes of the smallest receive, with which a stream begins.
+RECEIVE_LEAST = 4 * KIB
 
 #: What stands in the place of the delimiter when there is more to look at than the next chunk: something was posted, or the
 #: stream is not read any more. So the hot loop has one identity check per chunk.
@@ -104,6 +104,8 @@ class StreamState(StreamCallbacks):
     #: Whether the stream stays open, for writing, when the peer has ended its side.
     allow_half_open: bool = False
 
+    _watched = frozenset({"on_write", "handle_write", "on_end"})
+
     #: The values of the settings above that a new instance begins with.
     _initial: ClassVar[tuple[Any, ...]]
 
@@ -117,7 +119,10 @@ class StreamState(StreamCallbacks):
         cls._initial = (delimiter, framer, framer, cls.buffer_size, cls.high_water, cls.low_water, write_heard, end_heard)
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
-        Channel.__init__(self, server._engine if engine is None and server is not None else engine)
+        try:
+            Channel.__init__(self, server._engine if engine is None and server is not None else engine)
+        except AttributeError:
+            raise TypeError(f"server= takes the server that accepted the socket, not {server!r}") from None
         (
             self._read_delimiter,
             self._framer,
@@ -133,7 +138,7 @@ class StreamState(StreamCallbacks):
         self._remote: Any = None
         self._remote_override: Any = None
         self._inbox = Inbox()
-        self._receive_size = RECEIVE_FIRST
+        self._receive_size = RECEIVE_LEAST
         self._peer_ended = False
         self._outbox = Outbox()
         self._out: Any = REFUSED

@@ -50,6 +50,7 @@ class Timer:
             self.function = None
             self.args = ()
             self.kwargs = {}
+            self.context = None
             if self.heap is not None:
                 self.heap.forget(self)
 

@@ -1,4 +1,4 @@
-"""What every channel is: an engine, a socket, a lifecycle, and callbacks; the one place that calls user code.
+"""What every channel is: an engine, a socket, a lifecycle, callbacks, and what happens when one of these raises.
 
 What a stream or a server does with them is in ``stream`` and ``server``.
 """
@@ -89,7 +89,7 @@ class Channel(metaclass=SettingsType):
 
     @property
     def close_error(self) -> BaseException | None:
-        """The exception behind `close_reason`, where there is one; without its traceback, which was logged."""
+        """The exception behind `close_reason`, where there is one; without its traceback once ``on_close`` has run."""
         return self._close_error
 
     @property
@@ -236,6 +236,9 @@ class Channel(metaclass=SettingsType):
         """Close now, for `reason`; does nothing on a closed channel."""
         raise NotImplementedError
 
+    def _repair(self) -> None:
+        """Set going again what an interrupt in the hub may have left undone."""
+
     def _after_fork(self) -> None:
         """In a forked child: let go of what belongs to the parent."""
 
@@ -246,9 +249,17 @@ class Channel(metaclass=SettingsType):
     # ---- logging
 
     def _log(self, level: int, message: str, *args: Any, event: str, exc_info: Any = None) -> None:
-        logger = self._logger
-        if logger.isEnabledFor(level):
-            extra = {"channel": self, "peer": getattr(self, "remote_address", None), "event": event}
-            logger.log(level, "%r: " + message, self, *args, exc_info=exc_info, extra=extra)
+        if not self._logger.isEnabledFor(level):
+            return
+        if getcurrent() is self._engine._hub:
+            # A log handler may wait for a lock or a socket, which nobody may in the hub.
+            self._engine._run_soon(self._write_log, (level, message, args, event, exc_info))
+        else:
+            self._write_log((level, message, args, event, exc_info))
+
+    def _write_log(self, entry: tuple[int, str, tuple[Any, ...], str, Any]) -> None:
+        level, message, args, event, exc_info = entry
+        extra = {"channel": self, "peer": getattr(self, "remote_address", None), "event": event}
+        self._logger.log(level, "%r: " + message, self, *args, exc_info=exc_info, extra=extra)
 
     _logger: ClassVar[logging.Logger] = logging.getLogger("pants_green")

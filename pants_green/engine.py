@@ -1,6 +1,6 @@
 """The engine: the face of the gevent hub of one thread. Timers, greenlets, the flush; and the global engine's functions.
 
-No socket is known here. This is the only place that makes greenlets. The module itself stands for the engine of the
+No socket is known here; greenlets are made in ``_pool``, timers run in ``_scheduler``. The module itself stands for the engine of the
 calling thread: ``engine.start()`` is ``Engine.instance().start()``, and ``engine=engine`` is understood everywhere.
 """
 
@@ -21,6 +21,7 @@ from gevent import monkey
 from gevent.event import Event
 from greenlet import getcurrent
 
+from pants_green._lifecycle import CLOSED
 from pants_green._pool import Pool
 from pants_green._scheduler import HubTimer, Scheduler
 from pants_green._timers import Timer
@@ -112,6 +113,7 @@ class Engine:
         keep_alive.start(_nothing)
         self._runner = getcurrent()
         self._stopping = False
+        self._repair()
         # The hub would print a Ctrl-C before it is raised here.
         not_errors = self._hub.NOT_ERROR
         self._hub.NOT_ERROR = (*not_errors, KeyboardInterrupt)
@@ -166,14 +168,14 @@ class Engine:
         """All channels that are at work: listening, dialling, connected, or sending their last bytes."""
         found: list[Any] = []
         for root in list(self._roots):
-            if not root.closed:
+            if root._state is not CLOSED:
                 found.append(root)
             found.extend(root._children())
         return found
 
     # ---- timers
 
-    def callback(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    def callback(self, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
         """Run `function` once, in the next hub turn, in a greenlet: it may block.
 
         Returns:
@@ -184,7 +186,7 @@ class Engine:
         """
         return self.defer(0, function, *args, **kwargs)
 
-    def loop(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    def loop(self, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
         """Run `function` once in every hub turn, and every 20 ms while nothing else happens, until cancelled.
 
         Each run has a greenlet. A run that blocks is waited for, so the runs never overlap.
@@ -199,7 +201,7 @@ class Engine:
         self._scheduler.each_turn(timer)
         return timer
 
-    def defer(self, delay: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    def defer(self, delay: float, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
         """Run `function` once, `delay` seconds after this call, in a greenlet: it may block.
 
         The oldest order, ``defer(function, delay)``, is told apart by its types.
@@ -222,7 +224,7 @@ class Engine:
             self._scheduler.after(delay, timer)
         return timer
 
-    def cycle(self, interval: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    def cycle(self, interval: float, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
         """Run `function` every `interval` seconds until cancelled, for the first time after `interval`.
 
         The beat does not drift. A run that takes longer than `interval` is waited for; the beats it missed are left out.
@@ -247,7 +249,7 @@ class Engine:
 
     # ---- threads
 
-    def call_from_thread(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+    def call_from_thread(self, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
         """Run `function` in this engine's thread, in a greenlet, soon. The one method that any thread may call.
 
         Returns:
@@ -263,7 +265,7 @@ class Engine:
             self._loop.run_callback_threadsafe(self._start_from_threads)
         return timer
 
-    def run_in_thread(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run_in_thread(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run a function that blocks for real in a thread of gevent's pool; only the calling greenlet waits.
 
         Returns:
@@ -277,7 +279,10 @@ class Engine:
         context = contextvars.copy_context()
         failed, result = self._hub.threadpool.apply(_outcome, (context, function, args, kwargs))
         if failed:
-            raise result
+            try:
+                raise result
+            finally:
+                del result  # else its traceback holds this frame, and this frame it
         return result
 
     # ---- binding
@@ -333,6 +338,13 @@ class Engine:
         """Run ``job(argument)`` in a free greenlet in the next hub turn."""
         self._loop.run_callback(self._run, job, argument, context)
 
+    def _repair(self) -> None:
+        """Set going again what an interrupt, raised anywhere in the hub, may have left undone."""
+        self._scheduler.rearm()
+        for channel in self.channels:
+            channel._repair()
+        self._ask_flush()
+
     def _escaped(self, error: BaseException) -> None:
         """Something left a job. Jobs catch what user code raises, so this is the last resort."""
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -354,7 +366,7 @@ class Engine:
         if self._runner is not None and self._stopping:
             self._runner.switch()
 
-    def _in_hub_after(self, delay: float, function: Callable[..., object], *args: Any) -> Timer:
+    def _in_hub_after(self, delay: float, function: Callable[..., object], /, *args: Any) -> Timer:
         """Run a function of the library's own in the hub, `delay` seconds from now."""
         timer = HubTimer(function, args)
         self._scheduler.after(delay, timer)
@@ -515,27 +527,27 @@ def poll(timeout: float | None = 0.2) -> bool:
     return Engine.instance().poll(timeout)
 
 
-def callback(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+def callback(function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` in the next hub turn; see `Engine.callback`."""
     return Engine.instance().callback(function, *args, **kwargs)
 
 
-def loop(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+def loop(function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` in every hub turn; see `Engine.loop`."""
     return Engine.instance().loop(function, *args, **kwargs)
 
 
-def defer(delay: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+def defer(delay: float, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` after `delay` seconds; see `Engine.defer`."""
     return Engine.instance().defer(delay, function, *args, **kwargs)
 
 
-def cycle(interval: float, function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+def cycle(interval: float, function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` every `interval` seconds; see `Engine.cycle`."""
     return Engine.instance().cycle(interval, function, *args, **kwargs)
 
 
-def call_from_thread(function: Callable[..., object], *args: Any, **kwargs: Any) -> Timer:
+def call_from_thread(function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` in an engine's thread; see `Engine.call_from_thread`.
 
     Which one: the calling thread's engine if it has one, else the program's first, which is the main thread's as a rule.
@@ -544,7 +556,7 @@ def call_from_thread(function: Callable[..., object], *args: Any, **kwargs: Any)
     return engine.call_from_thread(function, *args, **kwargs)
 
 
-def run_in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Run a blocking function in a thread of gevent's pool; see `Engine.run_in_thread`."""
     return Engine.instance().run_in_thread(function, *args, **kwargs)
 

@@ -90,22 +90,26 @@ class StreamServer(Channel):
             OSError: the address is in use or cannot be bound. The server stays as it was and may try another.
         """
         call = parse_listen(address, legacy, backlog=backlog, slave=slave, host=host, port=port)
-        if self._state is LISTENING:
-            raise ChannelStateError(f"listen() on {self!r}: it listens already; make another server for another address")
-        if self._state is CLOSED:
-            raise ChannelStateError(f"listen() on {self!r}: a closed server cannot be opened again; make a new one")
+        self._check_may_listen()
         self._engine._enter()
         addresses = self._addresses(call.address, call.slave)
+        self._check_may_listen()  # looking a name up takes time, in which others may have done something
         self._listeners = _sockets.listen_all(addresses, call.backlog, reuse_port=reuse_port)
         self._socket = self._listeners[0].socket
         self._local = self._listeners[0].sockaddr
         self._context = contextvars.copy_context()
         self._move(LISTEN)
         self._engine._roots.add(self)
-        self._start_accepting()
         self._log(logging.INFO, "listening", event="listen")
         self._call("on_listen")
+        self._resume_accepting()
         return self
+
+    def _check_may_listen(self) -> None:
+        if self._state is LISTENING:
+            raise ChannelStateError(f"listen() on {self!r}: it listens already; make another server for another address")
+        if self._state is CLOSED:
+            raise ChannelStateError(f"listen() on {self!r}: a closed server cannot be opened again; make a new one")
 
     def _addresses(self, address: Address, slave: bool) -> list[Address]:
         """Return every address to bind to: both families of "any", all addresses of a name."""
@@ -132,9 +136,17 @@ class StreamServer(Channel):
 
     def _accept_ready(self, listener: _sockets.Listener) -> None:
         """Hub: connections wait. Take them, and run each in a greenlet of its own until it first waits."""
+        try:
+            self._accept_all(listener)
+        except BaseException:
+            # A signal, say. The hub stops a watcher whose callback raises; this one has to go on.
+            self._engine._loop.run_callback(self._resume_accepting)
+            raise
+
+    def _accept_all(self, listener: _sockets.Listener) -> None:
         for _ in range(self._accept_at_once):
             try:
-                sock, remote = listener.accept()
+                accepted = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -144,7 +156,7 @@ class StreamServer(Channel):
                 return
             if self._back_off:
                 self._accepted_again()
-            self._engine._run(self._welcome, (sock, remote, listener.local), self._context)
+            self._engine._run(self._welcome, accepted, self._context)
             if self._state is not LISTENING:
                 return
 
@@ -174,11 +186,11 @@ class StreamServer(Channel):
         if self._state is LISTENING:
             self._start_accepting()
 
-    def _welcome(self, accepted: tuple[Any, Any, Any]) -> None:
+    def _welcome(self, accepted: tuple[Any, Any, Any, int]) -> None:
         """The greenlet of an accepted connection: on_accept, then the life of the stream that took the socket over."""
         worker: Any = getcurrent()
         worker.offered = accepted
-        sock, remote, _ = accepted
+        sock, remote, _, _ = accepted
         try:
             self.on_accept(sock, remote)
             if worker.offered is not None:
@@ -202,13 +214,19 @@ class StreamServer(Channel):
         """on_accept, or the constructor of the connection, raised: it costs that socket and nothing else."""
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._engine._interrupt(error)
-        elif self._overrides("on_error", Channel):
-            self._post("on_error", error)
+        elif self._overrides("on_error", StreamServer):
+            self._post("_tell_turned_away", error)
         else:
             self._log(logging.ERROR, "on_accept raised %r", error, event="callback_error", exc_info=error)
         if stream is not None:
             stream._disown(CloseReason.CALLBACK_ERROR)
         sock.close()
+
+    def _tell_turned_away(self, error: BaseException) -> None:
+        """Posted: tell an overridden on_error what on_accept raised."""
+        self._failing = "on_accept"
+        self._call("on_error", error)
+        self._failing = None
 
     def _place(self, stream: Any, state: State) -> None:
         """A stream that stands on this server has moved to `state`."""
@@ -222,6 +240,18 @@ class StreamServer(Channel):
         *Runs in*: the greenlet that called ``listen()``.
         *Socket*: listening.
         """
+
+    def on_error(self, exception: BaseException) -> None:
+        """A callback raised, or the listener broke; by default it is logged and the server closed.
+
+        *When*: after the callback that raised. What ``on_accept`` or the constructor of a connection raises costs that
+        connection only: it comes here only if this is overridden, and the server stays.
+        *Runs in*: a greenlet of the server's own; for ``on_listen`` in that of ``listen()``.
+        *Socket*: listening.
+        """
+        self._log(logging.ERROR, "%s raised %r", self._failing or "accepting", exception, event="callback_error", exc_info=exception)
+        if self._failing != "on_accept":
+            self._shut(CloseReason.CALLBACK_ERROR, exception)
 
     def on_accept(self, sock: Any, addr: Any) -> None:
         """A connection was accepted; by default it is closed, for nobody wants it.
@@ -251,7 +281,7 @@ class StreamServer(Channel):
             return
         self._engine._enter()
         self._close_reason = reason
-        self._close_error = None if error is None else error.with_traceback(None)
+        self._close_error = error
         self._move(CLOSE)
         if self._paused is not None:
             self._paused.cancel()
@@ -274,6 +304,11 @@ class StreamServer(Channel):
         """Let the engine forget a closed server; but it knows the connections that are left through it."""
         if self._state is CLOSED and not self._children():
             self._engine._roots.discard(self)
+
+    def _repair(self) -> None:
+        if self._state is LISTENING and not self._back_off:
+            self._stop_accepting()
+            self._start_accepting()
 
     def _after_fork(self) -> None:
         # Several processes take turns on one listener now: one connection at a time spreads them best.
@@ -397,11 +432,12 @@ class Server(StreamServer):
     def _place(self, stream: Any, state: State) -> None:
         """Keep a stream of ours where it belongs: among the connected, among those that end, or nowhere."""
         if state is OPEN:
-            stream._key = key = _sockets.descriptor_of(stream._socket)
-            self.channels[key] = stream
+            self.channels[stream._key] = stream
+            if self._state is CLOSED:
+                self._engine._roots.add(self)  # through which alone the engine knows it
         elif not state.connected:
             if stream._key is not None:
-                del self.channels[stream._key]
+                self.channels.pop(stream._key, None)
                 stream._key = None
                 if state is not CLOSED:
                     self._settling.add(stream)

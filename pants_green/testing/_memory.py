@@ -4,7 +4,6 @@ A stream touches the world through ``recv``, ``send``, two watchers, and a few c
 ``_Flow``, one direction of a connection.
 """
 
-import contextvars
 import errno
 import os
 import socket as stdlib_socket
@@ -346,10 +345,7 @@ def _fresh_stream(given: Any) -> Stream:
 
 def _join(stream: Stream, sock: _Socket) -> None:
     """Put a stream on a memory socket: what ``Stream(socket=...)`` does for one that was made elsewhere."""
-    stream._engine._enter()
     stream._remote = sock.getpeername()
     stream._local = sock.getsockname()
-    stream._engine._roots.add(stream)
-    stream._context = contextvars.copy_context()
-    stream._alert()
+    stream._start(sock)
     stream._use(sock, (sock.recv, sock.send, sock.reader, sock.writer))
