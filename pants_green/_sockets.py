@@ -24,6 +24,7 @@ __all__ = [
     "GeventSocket",
     "Listener",
     "Ports",
+    "abandon",
     "close",
     "dial",
     "dial_result",
@@ -308,6 +309,11 @@ def close(sock: Any, reader: Any, writer: Any, *, reset: bool = False) -> None:
     sock._closed = True
     sock._read_event = sock._write_event = None
     sock._sock.close()
+
+
+def abandon(sock: Any) -> None:
+    """Close the descriptor of a socket whose hub will never run again, in a forked child; its watchers are left alone."""
+    os.close(sock._sock.detach())
 
 
 def local_sockaddr(sock: Any) -> Any:

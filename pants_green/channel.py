@@ -239,6 +239,9 @@ class Channel(metaclass=SettingsType):
     def _repair(self) -> None:
         """Set going again what an interrupt in the hub may have left undone."""
 
+    def _abandon(self) -> None:
+        """In a child forked by a thread that is not ours: close the descriptor and touch nothing else."""
+
     def _after_fork(self) -> None:
         """In a forked child: let go of what belongs to the parent."""
 

@@ -76,6 +76,7 @@ class Engine:
         self._runner: Any = None
         self._stopping = False
         self._forsaken: list[Any] = []
+        self._forks = 0
 
     @classmethod
     def instance(cls) -> "Engine":
@@ -427,8 +428,11 @@ class Engine:
 
     def _after_fork(self) -> None:
         """In the child: the hub gets descriptors of its own; connections stay with the parent, listeners are shared."""
+        self._forks += 1
         if self._thread != _get_ident():
-            # The thread of this engine does not exist here. Nobody may touch it again.
+            # The thread of this engine does not exist here, and its hub will never run. But the descriptors do.
+            for channel in self.channels:
+                channel._abandon()
             return
         self._loop.reinit()
         self._dirty.clear()

@@ -190,6 +190,7 @@ class StreamServer(Channel):
         """The greenlet of an accepted connection: on_accept, then the life of the stream that took the socket over."""
         worker: Any = getcurrent()
         worker.offered = accepted
+        forks = self._engine._forks
         sock, remote, _, _ = accepted
         try:
             self.on_accept(sock, remote)
@@ -201,11 +202,20 @@ class StreamServer(Channel):
         finally:
             worker.offered = None
         stream, worker.claimed = worker.claimed, None
+        if forks != self._engine._forks:
+            self._leave_to_parent(sock, stream)
+            return
         del worker, sock, accepted
         if stream is not None:
             if self._ended:
                 stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
             stream._live(None)
+
+    def _leave_to_parent(self, sock: Any, stream: Any) -> None:
+        """on_accept waited while the process forked, and this is the child: the connection is the parent's."""
+        if stream is not None:
+            stream._disown(CloseReason.FORKED)
+        sock.close()
 
     def _not_taken_over(self) -> None:
         """on_accept made no stream of the socket: it keeps it, or has closed it."""

@@ -394,7 +394,7 @@ class Stream(StreamState):
     # ---- Writing
 
     def write(self, data: Any, flush: bool = False) -> None:
-        """Queue data to be sent; returns at once. All that is written in one turn of the hub goes out in one send.
+        """Queue data to be sent; returns at once. What is written in one turn of the hub goes out together.
 
         Args:
             data: bytes-like, or str (UTF-8). What can change is copied.
@@ -680,6 +680,10 @@ class Stream(StreamState):
             self._sending = False
             self._writer.stop()
             self._engine._dirty.append(self)
+
+    def _abandon(self) -> None:
+        if self._socket is not None:
+            _sockets.abandon(self._socket)
 
     def _after_fork(self) -> None:
         self._engine._forsaken.append(self._greenlet)

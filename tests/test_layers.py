@@ -30,7 +30,7 @@ FLOORS = [
     {"network": ""},
     {"": "logging"},  # the face
     # The upper floor, which the face never imports.
-    {"testing._fragments": "", "testing._leaks": "gevent greenlet os time", "testing._memory": "contextvars gevent os socket"},
+    {"testing._fragments": "", "testing._leaks": "gevent greenlet os time", "testing._memory": "gevent os socket"},
     {"testing": "", "testing.pytest_plugin": "pytest", "testing.strategies": "hypothesis"},
 ]
 
