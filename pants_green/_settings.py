@@ -61,8 +61,8 @@ class SettingsType(ABCMeta):
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(name, bases, namespace, **kwargs)
-        if namespace.get("__hash__", cls) is None:
-            cls.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
+        if cls.__hash__ is None:
+            cls.__hash__ = object.__hash__
         cls._settle()
 
     def __setattr__(cls, name: str, value: Any) -> None:

@@ -114,7 +114,8 @@ class Engine:
         keep_alive.start(_nothing)
         self._runner = getcurrent()
         self._stopping = False
-        self._repair()
+        # In the hub, and so after what it still has to do about an interrupt: it stops the watcher in whose callback that came.
+        self._loop.run_callback(self._repair)
         # The hub would print a Ctrl-C before it is raised here.
         not_errors = self._hub.NOT_ERROR
         self._hub.NOT_ERROR = (*not_errors, KeyboardInterrupt)
@@ -344,7 +345,7 @@ class Engine:
         self._scheduler.rearm()
         for channel in self.channels:
             channel._repair()
-        self._ask_flush()
+        self._flush_asked_for()
 
     def _escaped(self, error: BaseException) -> None:
         """Something left a job. Jobs catch what user code raises, so this is the last resort."""
@@ -355,13 +356,13 @@ class Engine:
 
     def _interrupt(self, error: BaseException) -> None:
         """Hand KeyboardInterrupt or SystemExit to whoever waits in start(), else to the main greenlet."""
-        self._loop.run_callback(self._throw_into_runner, error)
+        self._loop.run_callback(self._throw_into_runner, error, error.__traceback__)
 
-    def _throw_into_runner(self, error: BaseException) -> None:
+    def _throw_into_runner(self, error: BaseException, traceback: Any) -> None:
         if self._runner is not None:
-            self._runner.throw(error)
+            self._runner.throw(type(error), error, traceback)
         else:
-            self._hub.handle_system_error(type(error), error)
+            self._hub.handle_system_error(type(error), error.with_traceback(traceback))
 
     def _resume_runner(self) -> None:
         if self._runner is not None and self._stopping:

@@ -313,8 +313,8 @@ class _Socket:
         return self._other_name
 
     def fileno(self) -> int:
-        """There is no descriptor."""
-        return -1
+        """There is no descriptor; but no other memory socket has this number."""
+        return -1 - int(self._own_name[1])
 
     def close(self) -> None:
         if self._closed:
