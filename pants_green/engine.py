@@ -332,7 +332,7 @@ class Engine:
         worker = self._pool.take()
         if context:
             worker.gr_context = context.copy()
-        worker.switch(job, argument)
+        worker.switch([argument, job])
         if self._pollers:
             self._acted()
 
