@@ -11,7 +11,7 @@ from weakref import getweakrefcount
 
 from greenlet import getcurrent, greenlet
 
-__all__ = ["Pool", "Worker"]
+__all__ = ["Pool", "Worker", "work"]
 
 #: Idle greenlets that are kept for the next connection; each holds some 7 KB.
 FREE_LIMIT = 256
@@ -30,7 +30,7 @@ class Worker(greenlet):
 
     __slots__ = ("claimed", "offered")
 
-    def __init__(self, run: Callable[[], None], hub: Any) -> None:
+    def __init__(self, run: Callable[[Any], None], hub: Any) -> None:
         super().__init__(run, hub)
         self.offered: Any = None
         self.claimed: Any = None
@@ -79,33 +79,10 @@ class Pool:
 
     def _make(self) -> Worker:
         self.made += 1
-        worker = Worker(self._work, self.hub)
+        worker = Worker(work, self.hub)
         # To its first wait, without a job: what the first switch carries lies on its stack as long as it lives.
-        worker.switch()
+        worker.switch(self)
         return worker
-
-    def _work(self) -> None:
-        """The body of a greenlet: run jobs until there are enough idle ones, or something is thrown into this idle one.
-
-        While it is idle nothing on its stack refers to it: so one that is dropped ends, instead of keeping itself alive.
-        """
-        while True:
-            try:
-                task = self.to_hub()
-            except BaseException:
-                # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
-                return
-            if type(task) is not list:
-                return  # somebody kept its switch
-            try:
-                # [argument, job]. One plain argument: job(*args) would put a second C frame on the stack that every switch
-                # copies. And no name for either: it would keep them for as long as the job runs, 130 bytes a connection.
-                task.pop()(task.pop())
-            except BaseException as error:
-                self.on_escape(error)
-            del task
-            if not self._put_back():
-                return
 
     def _put_back(self) -> bool:
         """Keep the current greenlet, which has done its job, unless there are enough."""
@@ -133,3 +110,27 @@ class Pool:
         self._references = getrefcount(worker)
         self._fresh = getweakrefcount(worker)
         self.made -= 1
+
+
+def work(pool: Pool) -> None:
+    """The body of a greenlet: run jobs until there are enough idle ones, or something is thrown into this idle one.
+
+    While it is idle nothing on its stack refers to it: so one that is dropped ends, instead of keeping itself alive.
+    """
+    while True:
+        try:
+            task = pool.to_hub()
+        except BaseException:
+            # A Timeout or a kill that the last job left behind. It ends this greenlet and nothing else.
+            return
+        if type(task) is not list:
+            return  # somebody kept its switch
+        try:
+            # [argument, job]. One plain argument: job(*args) would put a second C frame on the stack that every switch
+            # copies. And no name for either: it would keep them for as long as the job runs, 130 bytes a connection.
+            task.pop()(task.pop())
+        except BaseException as error:
+            pool.on_escape(error)
+        del task
+        if not pool._put_back():
+            return

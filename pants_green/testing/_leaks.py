@@ -13,7 +13,7 @@ from gevent.event import Event
 from greenlet import getcurrent, greenlet
 
 from pants_green._address import format_address
-from pants_green._pool import Pool, Worker
+from pants_green._pool import Worker, work
 from pants_green.engine import Engine
 
 __all__ = ["LeakCheck", "leak_check"]
@@ -117,7 +117,7 @@ class LeakCheck:
         if not _is_idle(one):
             return id(one) not in self._greenlets
         # Waiting for a job that will never come is a leak, but not of this body if it did so before.
-        return id(one) not in self._idle and not any(one is free for free in one.gr_frame.f_locals["self"]._free)
+        return id(one) not in self._idle and not any(one is free for free in one.gr_frame.f_locals["pool"]._free)
 
 
 def _make_ready() -> None:
@@ -154,7 +154,7 @@ def _greenlets() -> list[greenlet]:
 
 def _is_idle(one: Any) -> bool:
     """Tell whether a greenlet is one of an engine's that waits for its next job, in the pool or forgotten by it."""
-    return isinstance(one, Worker) and one.gr_frame is not None and one.gr_frame.f_code is Pool._work.__code__
+    return isinstance(one, Worker) and one.gr_frame is not None and one.gr_frame.f_code is work.__code__
 
 
 def _channels() -> list[Any]:
