@@ -52,7 +52,7 @@ class ReadDelimiter(Setting[Any]):
             instance._active = framer
         inbox = instance._inbox
         inbox.forget_search()
-        if inbox and instance._turn & 1:
+        if inbox and instance._waiting:
             # It waits for more, but by the new delimiter it may have a chunk already.
             instance._interrupt()
 
@@ -209,11 +209,10 @@ class StreamState(StreamCallbacks):
         """Make the greenlet look up from its reading, wherever it is."""
         if not self._told:
             self._active = INTERRUPTED
-            if self._turn & 1 or self._greenlet is None:
+            if self._waiting or self._greenlet is None:
                 self._alert()
 
     def _post(self, name: str, *args: Any) -> None:
         if not self._told:
             self._active = INTERRUPTED
             super()._post(name, *args)
-

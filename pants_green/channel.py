@@ -44,7 +44,8 @@ class Channel(metaclass=SettingsType):
         "_posted",
         "_socket",
         "_state",
-        "_turn",
+        "_waiting",
+        "_wakeup",
     )
 
     def __init__(self, engine: Any = None) -> None:
@@ -54,7 +55,8 @@ class Channel(metaclass=SettingsType):
         self._local: Any = None
         self._context: Any = None
         self._greenlet: Any = None
-        self._turn = 0
+        self._waiting = False
+        self._wakeup: Any = None
         self._posted: list[tuple[str, tuple[Any, ...]]] | None = None
         self._failing: str | None = None
         self._close_reason: CloseReason | None = None
@@ -182,17 +184,18 @@ class Channel(metaclass=SettingsType):
         if self._greenlet is None:
             self._greenlet = STARTING
             self._engine._run_soon(self._live, None, self._context)
-        elif self._turn & 1:
-            # In one of our own waits, which alone have odd numbers. A greenlet in user code is never woken.
-            self._engine._loop.run_callback(self._wake, self._turn)
+        elif self._waiting and self._wakeup is None:
+            # In one of our own waits. A greenlet in user code is never woken.
+            self._wakeup = self._engine._loop.run_callback(self._wake)
 
-    def _wake(self, turn: int) -> None:
-        if self._turn == turn:
-            self._greenlet.switch()
+    def _wake(self) -> None:
+        """Hub: end the wait for which this was asked; a wait that ends before takes the request back."""
+        self._wakeup = None
+        self._greenlet.switch()
 
     def _wait(self, watcher: Any = None) -> None:
         """Wait in the channel's own greenlet until `watcher` fires or something is posted."""
-        self._turn += 1
+        self._waiting = True
         try:
             if watcher is not None:
                 watcher.start(self._greenlet.switch)
@@ -200,7 +203,14 @@ class Channel(metaclass=SettingsType):
         finally:
             if watcher is not None:
                 watcher.stop()
-            self._turn += 1
+            self._waiting = False
+            if self._wakeup is not None:
+                self._forget_wakeup()
+
+    def _forget_wakeup(self) -> None:
+        """Take back a wake-up that was asked for: it must not end a later wait."""
+        self._wakeup.stop()
+        self._wakeup = None
 
     def _run_posted(self) -> None:
         """Call the posted callbacks, in order, in the channel's own greenlet."""
@@ -212,7 +222,7 @@ class Channel(metaclass=SettingsType):
                 self._engine._acted()
             if self._posted and self._state is not CLOSED:
                 # Posted by what was just called, and so may the next be: the others get their turn.
-                self._engine._loop.run_callback(self._wake, self._turn + 1)
+                self._wakeup = self._engine._loop.run_callback(self._wake)
                 self._wait()
 
     def _live(self, argument: Any) -> None:
@@ -238,6 +248,9 @@ class Channel(metaclass=SettingsType):
 
     def _repair(self) -> None:
         """Set going again what an interrupt in the hub may have left undone."""
+        if self._wakeup is not None:
+            self._wakeup.stop()
+            self._wakeup = self._engine._loop.run_callback(self._wake)
 
     def _abandon(self) -> None:
         """In a child forked by a thread that is not ours: close the descriptor and touch nothing else."""

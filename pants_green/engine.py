@@ -59,6 +59,28 @@ class Engine:
     channels and timers work as soon as the hub runs, whoever runs it. Making one creates no hub.
     """
 
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_clock",
+        "_dirty",
+        "_flush_asked",
+        "_flush_at",
+        "_forks",
+        "_forsaken",
+        "_from_threads",
+        "_hub",
+        "_lingering",
+        "_loop",
+        "_pollers",
+        "_pool",
+        "_roots",
+        "_runner",
+        "_scheduler",
+        "_stopping",
+        "_thread",
+    )
+
     def __init__(self) -> None:
         self._thread: int | None = None
         self._hub: Any = None
@@ -392,10 +414,10 @@ class Engine:
         """Send what every dirty stream has written since the last flush: one send each."""
         dirty = self._dirty
         streams = iter(dirty[:])
+        flush_each = dirty[0]._flush_each
         dirty.clear()
         try:
-            for stream in streams:
-                stream._flush()
+            flush_each(streams)
         except BaseException:
             # Not one stream's trouble, which it keeps to itself, but a signal in the middle of the flush. The rest waits.
             dirty[:0] = streams

@@ -316,6 +316,7 @@ class StreamServer(Channel):
             self._engine._roots.discard(self)
 
     def _repair(self) -> None:
+        super()._repair()
         if self._state is LISTENING and not self._back_off:
             self._stop_accepting()
             self._start_accepting()

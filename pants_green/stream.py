@@ -10,6 +10,7 @@ follow what in ``_lifecycle``. Accepting is in ``server``.
 import contextvars
 import logging
 import socket as stdlib_socket
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
@@ -266,14 +267,16 @@ class Stream(StreamState):
                 del data
             if self._active is INTERRUPTED:
                 continue
-            # An odd number: in a wait of ours. Start and stop of a watcher cost no system call.
-            self._turn = turn = self._turn + 1
+            # What _wait does. Start and stop of a watcher cost no system call.
+            self._waiting = True
             try:
                 reader.start(switch)
                 to_hub()
             finally:
                 reader.stop()
-                self._turn = turn + 1
+                self._waiting = False
+                if self._wakeup is not None:
+                    self._forget_wakeup()
             turn_began = 0.0
 
     def _deliver(self, data: bytes, framer: Framer) -> None:
@@ -470,30 +473,36 @@ class Stream(StreamState):
 
     def _flush(self) -> None:
         """Send what the kernel takes. Runs in the hub or in any greenlet; waits for nothing, calls no user code."""
-        outbox = self._outbox
-        items = outbox.items
-        if self._sending or not items:
-            return  # the write watcher goes on, or an earlier flush has done it
-        try:
-            sent = self._send(items[0] if len(items) == 1 else outbox.head())
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            self._broken("on_write_error", error)
-            return
-        if sent == outbox.size:
-            items.clear()
-            outbox.size = 0
-            if self._write_heard:
-                self._post("_written")
-            if self._room_at >= 0:
-                self._room_made()
-        else:
-            outbox.sent(sent)
-            self._sending = True
-            self._writer.start(self._writable)
-            if outbox.size <= self._room_at:
-                self._room_made()
+        self._flush_each((self,))
+
+    @staticmethod
+    def _flush_each(streams: "Iterable[Stream]") -> None:
+        """Do so for every one of these: one send each, and no call between them, which is 4 % of a round trip's instructions."""
+        for stream in streams:
+            outbox = stream._outbox
+            items = outbox.items
+            if stream._sending or not items:
+                continue  # the write watcher goes on, or an earlier flush has done it
+            try:
+                sent = stream._send(items[0] if len(items) == 1 else outbox.head())
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                stream._broken("on_write_error", error)
+                continue
+            if sent == outbox.size:
+                items.clear()
+                outbox.size = 0
+                if stream._write_heard:
+                    stream._post("_written")
+                if stream._room_at >= 0:
+                    stream._room_made()
+            else:
+                outbox.sent(sent)
+                stream._sending = True
+                stream._writer.start(stream._writable)
+                if outbox.size <= stream._room_at:
+                    stream._room_made()
 
     def _written(self) -> None:
         """Posted: everything was sent. Not worth telling if the stream was closed meanwhile."""
@@ -676,6 +685,7 @@ class Stream(StreamState):
         self._shut(reason)
 
     def _repair(self) -> None:
+        super()._repair()
         if self._outbox.items and self._socket is not None:
             self._sending = False
             self._writer.stop()
@@ -687,4 +697,6 @@ class Stream(StreamState):
 
     def _after_fork(self) -> None:
         self._engine._forsaken.append(self._greenlet)
+        if self._wakeup is not None:
+            self._forget_wakeup()
         self._disown(CloseReason.FORKED)

@@ -143,6 +143,30 @@ def test_output_goes_on_after_an_interrupt_at_the_flush(monkeypatch, server_of, 
     assert while_engine_runs(answers, first)
 
 
+def test_ending_goes_on_after_an_interrupt_at_the_wake_up(monkeypatch, server_of, peer, recorder):
+    server = server_of(recorder.of(Connection))
+    peer(server)
+    until(lambda: server.channels)
+    interrupt_once(monkeypatch, Stream, "_wake")
+    Engine.instance().callback(server.channels.values()[0].end)
+    with pytest.raises(KeyboardInterrupt):
+        Engine.instance().start()
+    while_engine_runs(recorder.wait_for, "on_close")
+
+
+def test_wake_up_for_a_wait_that_is_over_does_not_end_the_next_one():
+    stream, end = connected_pair(Echo)
+    waits = []
+    stream._alert()
+    stream.on_read = lambda data: waits.append(stream._wakeup)
+    end.send(b"x")  # ends the wait in the very turn in which the wake-up is due
+    turns()
+    assert waits == [None]
+    assert stream._wakeup is None
+    assert stream._waiting
+    stream.abort()
+
+
 @pytest.mark.parametrize("entered", ["_accept_ready", "_accept_all"])
 def test_accepting_goes_on_after_an_interrupt_at_the_listener(monkeypatch, server_of, peer, entered):
     interrupt_once(monkeypatch, StreamServer, entered)

@@ -567,9 +567,9 @@ def test_idle_connections_have_one_greenlet_each_at_most(two, recorder):
 
 def change_greenlet(stream, kept):
     """Let a new greenlet go on with the read loop of a stream that waits for input; the old one is put aside in `kept`."""
-    assert stream._turn & 1, "the stream does not wait"
+    assert stream._waiting, "the stream does not wait"
     stream._reader.stop()
-    stream._turn += 1  # as the end of the wait would have done
+    stream._waiting = False  # as the end of the wait would have done
     kept.append(stream._greenlet)
 
     def goes_on():
@@ -581,7 +581,7 @@ def change_greenlet(stream, kept):
     stream._greenlet = new
     gevent.get_hub().loop.run_callback(new.switch)
     gevent.sleep(0)
-    assert stream._turn & 1, "the new greenlet does not wait"
+    assert stream._waiting, "the new greenlet does not wait"
 
 
 def dispose(stream, kept):
@@ -595,7 +595,7 @@ def dispose(stream, kept):
 
 def let_it_wait(stream, end):
     """Return once the stream has taken everything that was sent to it and waits for more."""
-    while not (end.all_taken and stream._turn & 1):
+    while not (end.all_taken and stream._waiting):
         gevent.sleep(0)
 
 

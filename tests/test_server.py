@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import socket
 import struct
 import time
@@ -1128,3 +1129,28 @@ def test_s4_3_s4_10_every_kind_of_channel_has_its_callbacks_and_no_others():
     for name in of_streams:
         assert not hasattr(Server, name)
     assert not hasattr(Stream, "on_accept")
+
+
+# ---- gevent's sockets, of which a private part or two is used
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_accepted_socket_is_what_gevents_constructor_makes(monkeypatch, server_of, peer, known):
+    assert _sockets.FIELDS_ARE_KNOWN, "gevent's sockets have other fields now; see to _sockets._stand_on"
+    monkeypatch.setattr(_sockets, "FIELDS_ARE_KNOWN", known)
+    server = server_of(Echo)
+    one = peer(server)
+    one.send(b"x")
+    assert one.recv_exactly(1) == b"x"
+    accepted = server.channels.values()[0].socket
+    made = gevent.socket.socket(accepted.family, accepted.type, accepted.proto, os.dup(accepted.fileno()))
+    with made:
+        assert type(accepted) is type(made)
+        fields = {name for kind in type(made).__mro__ for name in getattr(kind, "__slots__", ())} - {"__weakref__"}
+        for name in fields:
+            mine, theirs = getattr(accepted, name), getattr(made, name)
+            assert type(mine) is type(theirs), name
+            assert name in ("_sock", "_read_event", "_write_event") or mine == theirs, name
+        assert (accepted._read_event.events & 3, accepted._write_event.events & 3) == (1, 2)
+        assert accepted._read_event.fd == accepted._write_event.fd == accepted.fileno()
+        assert accepted._sock.gettimeout() == made._sock.gettimeout() == 0.0
