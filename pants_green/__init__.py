@@ -12,8 +12,10 @@ from pants_green.errors import (
     InvalidAddressFormatError,
     InvalidReadDelimiterError,
     PantsError,
+    ReadTimeout,
     StreamBufferOverflow,
     StreamConnectError,
+    WriteTimeout,
     WrongThreadError,
 )
 from pants_green.server import Connection, Server, StreamServer
@@ -29,11 +31,13 @@ __all__ = [
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
+    "ReadTimeout",
     "Server",
     "Stream",
     "StreamBufferOverflow",
     "StreamConnectError",
     "StreamServer",
+    "WriteTimeout",
     "WrongThreadError",
     "engine",
 ]

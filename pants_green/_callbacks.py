@@ -6,13 +6,24 @@ Who calls them is in ``stream``.
 import logging
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pants_green._lifecycle import CloseReason
 from pants_green.channel import Channel
 from pants_green.errors import StreamBufferOverflow, StreamConnectError
 
-__all__ = ["StreamCallbacks"]
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec  # which type checkers know without its being installed
+
+    Chunk = ParamSpec("Chunk", default=[bytes])
+else:
+    from typing import ParamSpec
+
+    #: What ``on_read`` gets, for type checkers: ``Stream`` is ``Stream[bytes]``; one with an encoding is a ``Stream[str]``, one
+    #: whose delimiter is a Struct of two numbers a ``Stream[int, int]``.
+    Chunk = ParamSpec("Chunk")
+
+__all__ = ["Chunk", "StreamCallbacks"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +69,7 @@ def optional(heard: str) -> Callable[[F], F]:
     return make
 
 
-class StreamCallbacks(Channel):
+class StreamCallbacks(Channel, Generic[Chunk]):
     """What a subclass of Stream may override, besides ``on_close`` and ``on_error`` of every channel."""
 
     __slots__ = ()
@@ -83,14 +94,17 @@ class StreamCallbacks(Channel):
         """
         self._log(logging.WARNING, "%s", exception.strerror or exception, event="connect_error")
 
-    def on_read(self, data: bytes) -> None:
-        """A chunk has arrived: as `read_delimiter` cuts it.
+    def on_read(self, *data: Chunk.args, **none: Chunk.kwargs) -> None:
+        """A chunk has arrived, as `read_delimiter` cuts it: override it as ``on_read(self, data)``.
+
+        `data` is bytes; str if there is an `encoding`; the match object of a pattern that is not searched for; what a Framer
+        makes of it. The fields of a Struct are arguments of their own: ``on_read(self, kind, size)``.
 
         *When*: for each chunk, in order.
         *Runs in*: the stream's own greenlet; it may block, and nothing more is read meanwhile.
         *Socket*: open.
         """
-        self.handle_read(data)
+        self.handle_read(*data, **none)
 
     @optional("_end_heard")
     def on_end(self, rest: bytes) -> None:
@@ -104,23 +118,26 @@ class StreamCallbacks(Channel):
             rest: the bytes that no delimiter completed.
         """
 
-    def on_read_error(self, exception: OSError) -> None:
-        """Receiving failed; by default this is logged.
+    def on_read_error(self, exception: Exception) -> None:
+        """Receiving failed, or what came cannot be cut or decoded; by default this is logged.
 
-        *When*: once; ``on_close`` follows. The usual ways in which a peer leaves (reset, time-out) come here only if this is
-        overridden; they are `close_reason`.
+        *When*: once, after all complete chunks; ``on_close`` follows. The usual ways in which a peer leaves (reset, time-out)
+        come here only if this is overridden; they are `close_reason`.
         *Runs in*: the stream's own greenlet.
         *Socket*: closed.
+
+        Args:
+            exception: an OSError, the UnicodeDecodeError of an `encoding`, or what a Framer raised, a ValueError as a rule.
         """
         self._log(logging.WARNING, "reading failed: %s", exception, event="read_error")
 
     def on_overflow_error(self, exception: StreamBufferOverflow) -> None:
-        """More bytes than `buffer_size` wait for their delimiter; by default this is logged and the stream closed.
+        """More bytes than `buffer_size` wait for their delimiter, or more than `write_limit` to be sent; this is logged by default.
 
         *When*: after all complete chunks were delivered. If the delimiter that this leaves, or a larger `buffer_size`, does
-        not help, the stream is closed all the same.
+        not help, the stream is closed all the same. For output, when `overflow` is "close".
         *Runs in*: the stream's own greenlet.
-        *Socket*: open.
+        *Socket*: open for input that overflows, closed for output.
         """
         self._log(logging.WARNING, "%s", exception, event="overflow")
         self._shut(CloseReason.OVERFLOW, exception)
@@ -128,7 +145,21 @@ class StreamCallbacks(Channel):
     def handle_connect(self) -> None:
         """The oldest name of ``on_connect``."""
 
-    def handle_read(self, data: bytes) -> None:
+    def on_timeout(self, which: str) -> None:
+        """A time limit was hit; by default this is logged and the stream closed.
+
+        *When*: "read": a chunk has not come whole within `read_timeout`; if an override does not close the stream, the limit
+        starts anew. "write": the peer took nothing for `write_timeout`; ``on_close`` follows.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: open for "read", closed for "write".
+        """
+        self._log(logging.WARNING, "%s", self._limit_text(which), event="timeout")
+        self._shut(CloseReason.TIMED_OUT)
+
+    def _limit_text(self, which: str) -> str:
+        raise NotImplementedError
+
+    def handle_read(self, *data: Chunk.args, **none: Chunk.kwargs) -> None:
         """The oldest name of ``on_read``."""
 
     # ---- writing

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["dial"]
 
 
-def dial(stream: "Stream", address: Address) -> StreamConnectError | None:
+def dial(stream: "Stream[...]", address: Address) -> StreamConnectError | None:
     """Connect a stream that is CONNECTING.
 
     Returns:
@@ -51,7 +51,7 @@ def dial(stream: "Stream", address: Address) -> StreamConnectError | None:
     return failure
 
 
-def _try(stream: "Stream", address: Address) -> int:
+def _try(stream: "Stream[...]", address: Address) -> int:
     """Dial one address and wait for the outcome: 0 or an errno."""
     socket, code = _sockets.dial(address)
     stream._use(socket, _sockets.ports_of(socket))
@@ -66,7 +66,7 @@ def _try(stream: "Stream", address: Address) -> int:
     return code
 
 
-def _look_up(stream: "Stream", address: Address) -> list[Address]:
+def _look_up(stream: "Stream[...]", address: Address) -> list[Address]:
     """Look a name up in another greenlet, for the resolver's own wait cannot be woken by a close()."""
     found: list[Any] = []
 

@@ -105,7 +105,9 @@ class CloseReason(StrEnum):
     PEER_LEFT = "the peer broke the connection off"
     CONNECT_FAILED = "the connection could not be made"
     IO_ERROR = "reading or writing failed"
-    OVERFLOW = "too many bytes without a delimiter"
+    OVERFLOW = "too many bytes without a delimiter, or not sent"
+    BAD_INPUT = "the input made no sense"
+    TIMED_OUT = "a time limit was hit"
     CALLBACK_ERROR = "a callback raised an exception"
     FORKED = "the connection belongs to the parent process"
 

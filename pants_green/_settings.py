@@ -1,10 +1,11 @@
 """Attributes of a class that are checked wherever they are set; knows nothing of what they mean."""
 
+import math
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["Setting", "SettingsType", "byte_count"]
+__all__ = ["Setting", "SettingsType", "byte_count", "one_of", "seconds", "truth"]
 
 T = TypeVar("T")
 
@@ -71,9 +72,19 @@ class SettingsType(ABCMeta):
             value = settings[name].redefined(cls, value)
         elif name == "__hash__" and value is None:
             value = object.__hash__  # a dataclass, say, takes the hash away; but channels are kept in sets
+        before = vars(cls).get(name)
         super().__setattr__(name, value)
         if name in settings or name in cls._watched:
-            cls._settle()
+            try:
+                cls._settle()
+            except BaseException:
+                # It does not go with the other settings, of this class or of a subclass: everything is as it was.
+                if before is None:
+                    super().__delattr__(name)
+                else:
+                    super().__setattr__(name, before)
+                cls._settle()
+                raise
 
     def __delattr__(cls, name: str) -> None:
         super().__delattr__(name)
@@ -107,3 +118,32 @@ def byte_count(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"{name} is a number of bytes and at least 1, not {value}")
     return value
+
+
+def seconds(name: str, value: Any) -> float | None:
+    """Check a number of seconds of more than 0, or None for no limit; for a `Setting`."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number of seconds, or None for no limit, not {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r}")
+    return value
+
+
+def truth(name: str, value: Any) -> bool:
+    """Check a bool; for a `Setting`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}")
+    return value
+
+
+def one_of(*values: str) -> Callable[[str, Any], str]:
+    """Return a check for one of several words; for a `Setting`."""
+
+    def check(name: str, value: Any) -> str:
+        if value not in values:
+            raise ValueError(f"{name} is one of {', '.join(map(repr, values))}, not {value!r}")
+        return str(value)
+
+    return check

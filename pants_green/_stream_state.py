@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pants_green import _sockets
 from pants_green._address import format_address
-from pants_green._callbacks import StreamCallbacks
+from pants_green._callbacks import Chunk, StreamCallbacks
+from pants_green._delimiters import Incremental, check_encoding, framer_for
+from pants_green._inbox import Inbox
 from pants_green._lifecycle import CONNECTING, STREAM_MOVES, Event
+from pants_green._limits import Limits
 from pants_green._outbox import Outbox
-from pants_green._settings import Setting, byte_count
+from pants_green._settings import Setting, byte_count, one_of, seconds, truth
 from pants_green.channel import Channel
-from pants_green.framing import Inbox, framer_for
+from pants_green.errors import InvalidReadDelimiterError
+from pants_green.framing import Framer
 
 if TYPE_CHECKING:
     from pants_green.server import Server
@@ -21,58 +25,62 @@ if TYPE_CHECKING:
 __all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "StreamState"]
 
 KIB = 1024
+MIB = 1024 * KIB
 
 #: Bytes of the smallest receive, with which a stream begins.
 RECEIVE_LEAST = 4 * KIB
 
-#: What stands in the place of the delimiter when there is more to look at than the next chunk: something was posted, or the
-#: stream is not read any more. So the hot loop has one identity check per chunk.
+#: What the greenlet's attention is on, if there is more to look at than the next chunk: another delimiter, something that was
+#: posted, the end of reading. Else it is None, so that the hot loop has one check per chunk.
 INTERRUPTED: Any = type("Interrupted", (), {"__slots__": (), "__repr__": lambda self: "<interrupted>"})()
 
 #: What stands in the place of the outbox's list while nothing may be written.
 REFUSED: Any = ()
 
 
-def _delimiter(name: str, value: Any) -> Any:
-    framer_for(value)
+class Cut(Setting[Any]):
+    """A setting that has to do with how the input is cut; setting it takes effect with the very next chunk."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        current = getattr(instance, self.slot)
+        if value is current or (type(value) is type(current) and value == current):
+            return
+        changed = {self.slot: self.check(f"{type(instance).__name__}.{self.name}", value)}
+        instance._cut_by(**changed)
+
+
+def _unchecked(name: str, value: Any) -> Any:
+    # What a delimiter is worth depends on the encoding, too: see _settled and _cut_by.
     return value
 
 
-class ReadDelimiter(Setting[Any]):
-    """What ends a chunk; setting it takes effect with the very next chunk."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        current = instance._read_delimiter
-        if value is current or (type(value) is type(current) and value == current):
-            return
-        framer = framer_for(value)
-        instance._read_delimiter = value
-        instance._framer = framer
-        if instance._active is not INTERRUPTED:
-            instance._active = framer
-        inbox = instance._inbox
-        inbox.forget_search()
-        if inbox and instance._waiting:
-            # It waits for more, but by the new delimiter it may have a chunk already.
-            instance._interrupt()
+def _framer_of(owner: type, *cut: Any) -> Framer[Any] | None:
+    try:
+        return framer_for(*cut)
+    except InvalidReadDelimiterError as error:
+        raise type(error)(f"{owner.__name__}: {error}") from None
 
 
-class StreamState(StreamCallbacks):
+class StreamState(StreamCallbacks[Chunk]):
     """The fields of a stream."""
 
     __slots__ = (
-        "_active",
+        "_attention",
         "_buffer_size",
         "_end_heard",
         "_framer",
         "_high_water",
         "_inbox",
         "_key",
+        "_limits",
         "_low_water",
         "_out",
         "_outbox",
+        "_paused",
         "_peer_ended",
+        "_pending",
         "_read_delimiter",
+        "_read_timeout",
         "_reader",
         "_receive_size",
         "_recv",
@@ -84,22 +92,52 @@ class StreamState(StreamCallbacks):
         "_server",
         "_told",
         "_write_heard",
+        "_write_limit",
         "_writer",
     )
 
     _logger = logging.getLogger("pants_green.stream")
 
-    #: What ends a chunk. None: whatever arrives is delivered at once. bytes or str (UTF-8): everything before it, without
-    #: it. int: so many bytes. On the class or on an instance; in a callback it holds from the next chunk on.
-    read_delimiter = ReadDelimiter(None, _delimiter)
+    #: What ends a chunk. None: whatever arrives is delivered at once. bytes or str: everything before it, without it. int: so
+    #: many bytes. A compiled pattern: see `regex_search`. A ``struct.Struct``, or a NetStruct: its fields are the arguments of
+    #: ``on_read``. A Framer of ``pants_green.framing``. On the class or on an instance; in a callback it holds from the next
+    #: chunk on.
+    read_delimiter = Cut(None, _unchecked)
 
-    #: Bytes that may wait for their delimiter; more are an overflow. A size given as delimiter raises it to itself.
+    #: Whether a pattern is searched for, and ``on_read`` gets what is before it; else it has to match from the start of the
+    #: chunk on, and ``on_read`` gets the match object. A match is taken as soon as there is one: let a pattern end in something
+    #: that cannot go on (``\\r?\\n``, not ``\\n+``), for what comes next may not have arrived.
+    regex_search = Cut(True, truth)
+
+    #: The encoding of the text that ``on_read`` gets instead of bytes, such as ``"utf-8"``; None: bytes. Each chunk is cut as
+    #: bytes and then decoded whole; a str delimiter, and what ``write()`` gets as str, are encoded.
+    encoding = Cut(None, check_encoding)
+
+    #: Bytes that may wait for their delimiter; more are an overflow. A delimiter that tells how large its chunks may be raises
+    #: it to that.
     buffer_size: Setting[int] = Setting(64 * KIB, byte_count)
 
-    #: Bytes in the outbox above which a stream whose callbacks answer input by output stops reading, and below which it
-    #: reads on.
+    #: Seconds that a chunk may take from its first byte to its last; None: no limit. See ``on_timeout``.
+    read_timeout: Setting[float | None] = Setting(None, seconds)
+
+    #: Bytes in the outbox above which a stream whose callbacks answer input by output stops reading, and ``drain()`` waits;
+    #: and those down to which it has to come for it to read on.
     high_water: Setting[int] = Setting(256 * KIB, byte_count)
     low_water: Setting[int] = Setting(64 * KIB, byte_count)
+
+    #: Bytes in the outbox from which on nothing is added to it, but for a single write that begins below.
+    write_limit: Setting[int] = Setting(16 * MIB, byte_count)
+
+    #: What becomes of a ``write()`` above `write_limit`. One made by the stream's own callbacks, or by a greenlet of yours,
+    #: waits for room in any case. For callbacks of other channels and timers, "close": the stream is closed, see
+    #: ``on_overflow_error``; "drop": the write is dropped, and counted in `writes_dropped`; "wait": the caller waits, too.
+    overflow: Setting[str] = Setting("close", one_of("close", "drop", "wait"))
+
+    #: Seconds for which the peer may take none of the pending output; None: no limit. See ``on_timeout``.
+    write_timeout: Setting[float | None] = Setting(60.0, seconds)
+
+    #: How many writes were dropped, for `overflow` is "drop".
+    writes_dropped: int = 0
 
     #: Whether the stream stays open, for writing, when the peer has ended its side.
     allow_half_open: bool = False
@@ -109,14 +147,33 @@ class StreamState(StreamCallbacks):
     #: The values of the settings above that a new instance begins with.
     _initial: ClassVar[tuple[Any, ...]]
 
+    _regex_search: bool
+    _encoding: str | None
+    _overflow: str
+    _write_timeout: float | None
+
+    # What few streams need; it has no slot either, which every stream would have to fill.
+    _own_mark = -1
+    _read_owed: float = float("inf")
+    _drainers: Any = ()
+
     @classmethod
     def _settled(cls) -> None:
         """Work out once for the class what every instance would have to look up."""
         delimiter = cls.read_delimiter
-        framer = framer_for(delimiter)
+        framer = _framer_of(cls, delimiter, cls.encoding, cls.regex_search)
+        own = isinstance(framer, Incremental)
+        one_by_one = framer is not None and not framer.splits
+        plain = not (one_by_one or (framer is not None and framer.spread))
         write_heard = cls.on_write is not StreamCallbacks.on_write or cls.handle_write is not StreamCallbacks.handle_write
         end_heard = cls.on_end is not StreamCallbacks.on_end
-        cls._initial = (delimiter, framer, framer, cls.buffer_size, cls.high_water, cls.low_water, write_heard, end_heard)
+        sizes = (cls.buffer_size, cls.high_water, cls.low_water, cls.write_limit)
+        cls._initial = (delimiter, framer, *sizes, cls.read_timeout, write_heard, end_heard, one_by_one, plain, own)
+        # What few streams set has no slot: it is looked up on the class.
+        cls._regex_search = cls.regex_search
+        cls._encoding = cls.encoding
+        cls._overflow = cls.overflow
+        cls._write_timeout = cls.write_timeout
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
         try:
@@ -126,24 +183,34 @@ class StreamState(StreamCallbacks):
         (
             self._read_delimiter,
             self._framer,
-            self._active,
             self._buffer_size,
             self._high_water,
             self._low_water,
+            self._write_limit,
+            self._read_timeout,
             self._write_heard,
             self._end_heard,
+            one_by_one,
+            plain,
+            own,
         ) = self._initial
+        if own:
+            self._framer = self._framer.fresh()
         self._server = server
         self._key: int | None = None
         self._remote: Any = None
         self._remote_override: Any = None
-        self._inbox = Inbox()
+        self._inbox = Inbox(one_by_one, plain)
         self._receive_size = RECEIVE_LEAST
         self._peer_ended = False
         self._outbox = Outbox()
+        self._pending = 0
+        self._attention: Any = None
         self._out: Any = REFUSED
         self._sending = False
         self._room_at = -1
+        self._limits: Limits | None = None
+        self._paused = False
         self._told = False
         self._recv: Any = None
         self._send: Any = None
@@ -205,14 +272,31 @@ class StreamState(StreamCallbacks):
         if self._server is not None:
             self._server._place(self, state)
 
+    def _cut_by(self, **changed: Any) -> None:
+        """Take another delimiter, encoding or search, given by the name of its slot, from the next chunk on."""
+        cut = {"_read_delimiter": self._read_delimiter, "_encoding": self._encoding, "_regex_search": self._regex_search, **changed}
+        framer = _framer_of(type(self), *cut.values())
+        for slot, value in changed.items():
+            setattr(self, slot, value)
+        inbox = self._inbox
+        if not inbox.one_by_one:  # else the delimiter is looked up for each chunk anyway
+            self._attention = INTERRUPTED
+        if inbox.batch is not None:
+            inbox.put_back(self._framer)
+        inbox.use(framer)
+        self._framer = framer
+        if inbox and self._waiting:
+            # It waits for more, but by the new delimiter it may have a chunk already.
+            self._interrupt()
+
     def _interrupt(self) -> None:
         """Make the greenlet look up from its reading, wherever it is."""
         if not self._told:
-            self._active = INTERRUPTED
+            self._attention = INTERRUPTED
             if self._waiting or self._greenlet is None:
                 self._alert()
 
     def _post(self, name: str, *args: Any) -> None:
         if not self._told:
-            self._active = INTERRUPTED
+            self._attention = INTERRUPTED
             super()._post(name, *args)

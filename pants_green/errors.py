@@ -9,7 +9,9 @@
         ReadDelimiterTypeError (TypeError)  no such kind of delimiter
         ReadDelimiterValueError (ValueError) a delimiter that could never end a chunk
       StreamConnectError (OSError)          the dial failed
-      StreamBufferOverflow                  too many bytes without a delimiter
+      StreamBufferOverflow                  too many bytes without a delimiter, or not sent
+      ReadTimeout (TimeoutError)            no whole chunk came in time
+      WriteTimeout (TimeoutError)           the peer took nothing for too long
 
 Your mistake is raised at you; the world's mistake is delivered to an ``on_*_error`` callback.
 """
@@ -22,14 +24,19 @@ __all__ = [
     "PantsError",
     "ReadDelimiterTypeError",
     "ReadDelimiterValueError",
+    "ReadTimeout",
     "StreamBufferOverflow",
     "StreamConnectError",
+    "WriteTimeout",
     "WrongThreadError",
 ]
 
 
 class PantsError(Exception):
     """The root of everything below."""
+
+    #: The stream whose ``read()`` raised it: then it is the world's mistake, although it is raised.
+    _raised_by_read_of: object = None
 
 
 class ChannelStateError(PantsError, RuntimeError):
@@ -74,15 +81,23 @@ class StreamConnectError(PantsError, OSError):
 
 
 class StreamBufferOverflow(PantsError):
-    """More bytes wait for their delimiter than ``buffer_size`` allows.
+    """More bytes wait than is allowed: for their delimiter (``buffer_size``), or to be sent (``write_limit``).
 
     Args:
         message: names the channel and what to raise.
-        size: bytes that were waiting.
-        limit: bytes that were allowed to wait.
+        size: bytes that were waiting, or were announced.
+        limit: bytes that were allowed.
     """
 
     def __init__(self, message: str, size: int = 0, limit: int = 0) -> None:
         super().__init__(message)
         self.size = size
         self.limit = limit
+
+
+class ReadTimeout(PantsError, TimeoutError):
+    """``read()`` got no whole chunk in time. What has come of it stays and is read next."""
+
+
+class WriteTimeout(PantsError, TimeoutError):
+    """The peer took none of the pending output for ``write_timeout`` seconds."""

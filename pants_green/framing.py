@@ -1,264 +1,292 @@
-"""Bytes in, chunks out: how a stream is cut into what ``on_read`` gets; pure.
+"""Ways of cutting bytes into chunks, for ``read_delimiter``: the Framer, and those that count their chunks; pure.
 
-A ``Framer`` knows one kind of delimiter. An ``Inbox`` holds the bytes that wait for theirs. Neither knows a socket, a
-callback or a greenlet; who receives and who is called is the business of ``stream``.
+What stands for the plain delimiters (bytes, numbers, patterns, structs) is in ``_delimiters``; what waits is in ``_inbox``.
+
+A framer of your own is a subclass of `Framer` with one method. This one reads lines in which a backslash hides a newline::
+
+    class Escaped(Framer[bytes]):
+        def find(self, data, start, searched):
+            end = data.find(b"\\n", start)
+            while end > 0 and data[end - 1 : end] == b"\\\\":
+                end = data.find(b"\\n", end + 1)
+            return None if end < 0 else (bytes(data[start:end]), end + 1)
+
+``examples/slip.py`` has another, for SLIP packets.
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
-from operator import itemgetter
+from abc import ABC, abstractmethod
 from struct import Struct
-from typing import Any, Protocol
+from struct import error as StructError
+from typing import Any, Generic, TypeVar
 
-from pants_green.errors import ReadDelimiterTypeError, ReadDelimiterValueError
+from pants_green.errors import ReadDelimiterTypeError, ReadDelimiterValueError, StreamBufferOverflow
 
-__all__ = ["NOTHING", "Delimited", "Fixed", "Framer", "Inbox", "framer_for"]
+__all__ = ["Framer", "LengthPrefix", "Netstring", "Varint"]
 
-#: Takes the only field out of what ``Struct.iter_unpack`` yields, at the speed of C.
-first = itemgetter(0)
+T_co = TypeVar("T_co", covariant=True)
 
-#: What ``Inbox.next`` returns when no chunk is complete.
-NOTHING: Any = type("Nothing", (), {"__slots__": (), "__repr__": lambda self: "<nothing>"})()
+#: Digits of a netstring's length: enough for 10 GB.
+NETSTRING_DIGITS = 10
 
-#: Bytes of one unfinished chunk from which on it is collected in a bytearray and searched only where it is new. Below
-#: it, putting the rest in front of the next receive is cheaper.
-LONG = 8 * 1024
+#: Bytes of a varint: enough for 64 bits. Source: Protocol Buffers, "Encoding", base 128 varints.
+VARINT_BYTES = 10
 
 
-class Framer(Protocol):
-    """One way of cutting a stream into chunks.
+class Framer(ABC, Generic[T_co]):
+    """One way of cutting a stream into chunks. It holds no state of a stream, so that many streams can share it.
 
     Attributes:
-        least: bytes that a chunk needs before it can be complete; ``buffer_size`` is raised to it.
+        room: bytes that may wait for one chunk even if ``buffer_size`` is less.
+        spread: whether a chunk is a tuple of which ``on_read`` gets the elements as arguments.
+        splits: whether it can cut a whole receive at once; see `Splitter` in ``_delimiters``.
     """
 
-    least: int
+    __slots__ = ()
 
-    def split(self, data: bytes) -> tuple[Iterator[Any], bytes]:
-        """Cut `data` into all its complete chunks at once.
+    room: int = 0
+    spread: bool = False
+    splits: bool = False
 
-        Returns:
-            an iterator over the chunks, and the bytes behind the last of them.
-        """
-
-    def unsplit(self, chunks: Iterator[Any], rest: bytes) -> bytes:
-        """Put what is left of a ``split`` together again, as it was received."""
-
-    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[Any, int] | None:
-        """Look for one complete chunk in ``data[start:]``.
+    @abstractmethod
+    def find(self, data: bytes | bytearray, start: int, searched: int) -> "tuple[T_co, int] | int | None":
+        """Look for one complete chunk at the beginning of ``data[start:]``.
 
         Args:
-            data: what has been received.
+            data: what has been received. Not to be kept or changed; the chunk is a copy of what it takes from it.
             start: where the chunk begins.
             searched: how many bytes behind `start` an earlier call has seen in vain; 0 if none.
 
         Returns:
-            the chunk and where the next one begins, or None if it is not complete.
+            the chunk, and where the next one begins (behind `start`); or, if the chunk is not complete, how many bytes from
+            `start` on it needs at least: the next call comes when they are there. None if that cannot be told.
+
+        Raises:
+            ValueError: the bytes make no sense. The stream is closed, and ``on_read_error`` gets the exception.
+            StreamBufferOverflow: the chunk is longer than is allowed.
         """
 
 
-class Delimited:
-    """Chunks that end in a fixed byte string, which is dropped."""
+class Counted(Framer[bytes]):
+    """Chunks that come behind their length."""
 
-    __slots__ = ("delimiter", "least")
+    __slots__ = ("max_size", "room")
 
-    def __init__(self, delimiter: bytes) -> None:
-        self.delimiter = delimiter
-        self.least = len(delimiter)
+    def __init__(self, max_size: int | None, overhead: int) -> None:
+        kind = type(self).__name__
+        if max_size is not None and (isinstance(max_size, bool) or not isinstance(max_size, int)):
+            raise ReadDelimiterTypeError(f"{kind}: max_size is a number of bytes, an int, or None, not {max_size!r}")
+        if max_size is not None and max_size < 0:
+            raise ReadDelimiterValueError(f"{kind}: max_size is a number of bytes and not negative; {max_size} is")
+        self.max_size = max_size
+        self.room = 0 if max_size is None else max_size + overhead
 
-    def split(self, data: bytes) -> tuple[Iterator[bytes], bytes]:
-        chunks = data.split(self.delimiter)
-        rest = chunks.pop()
-        return iter(chunks), rest
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._key() == self._key()
 
-    def unsplit(self, chunks: Iterator[bytes], rest: bytes) -> bytes:
-        pieces = list(chunks)
-        pieces.append(rest)
-        return self.delimiter.join(pieces)
+    def __hash__(self) -> int:
+        return hash(self._key())
 
-    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | None:
-        # The delimiter may have begun in the last bytes that were searched before.
-        end = data.find(self.delimiter, start + max(0, searched - self.least + 1))
-        if end < 0:
-            return None
-        return bytes(memoryview(data)[start:end]), end + self.least
+    def _key(self) -> tuple[Any, ...]:
+        return (self.max_size,)
 
+    def _check(self, size: int) -> None:
+        if self.max_size is not None and size > self.max_size:
+            raise StreamBufferOverflow(f"a chunk of {size} bytes was announced to {self!r}", size, self.max_size)
 
-class Fixed:
-    """Chunks of one size."""
-
-    __slots__ = ("_unpack", "least")
-
-    def __init__(self, size: int) -> None:
-        self.least = size
-        # iter_unpack is 1.4 times slicing in a loop; a size that Struct cannot hold falls back to slices.
-        self._unpack = Struct(f"{size}s").iter_unpack if size <= LONG else None
-
-    def split(self, data: bytes) -> tuple[Iterator[bytes], bytes]:
-        size = self.least
-        whole = len(data) - len(data) % size
-        if not whole:
-            return iter(()), data
-        rest = data[whole:]
-        if self._unpack is None:
-            return (data[start : start + size] for start in range(0, whole, size)), rest
-        return map(first, self._unpack(data if whole == len(data) else data[:whole])), rest
-
-    def unsplit(self, chunks: Iterator[bytes], rest: bytes) -> bytes:
-        pieces = list(chunks)
-        pieces.append(rest)
-        return b"".join(pieces)
-
-    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | None:
-        end = start + self.least
-        if len(data) < end:
-            return None
-        return bytes(memoryview(data)[start:end]), end
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(max_size={self.max_size})"
 
 
-class Inbox:
-    """The bytes that wait for their delimiter.
-
-    Usually one receive is split at once and its chunks are handed out from an iterator (``feed``). A delimiter that is
-    changed while chunks of a batch are still to be delivered sends the rest back (``put_back``), and from then on this
-    inbox finds one chunk after the other (``next``): for a stream that does so once will do so again.
-
-    Attributes:
-        data: bytes received and not handed out, from ``start`` on.
-        start: where in ``data`` the next chunk begins.
-        searched: bytes behind ``start`` in which no end of a chunk was found.
-        batch: the chunks of the latest split that are not handed out yet, or None.
-        one_by_one: whether chunks are found one after the other.
-    """
-
-    __slots__ = ("batch", "data", "one_by_one", "searched", "start")
-
-    def __init__(self) -> None:
-        self.data: bytes | bytearray = b""
-        self.start = 0
-        self.searched = 0
-        self.batch: Iterator[Any] | None = None
-        self.one_by_one = False
-
-    def __len__(self) -> int:
-        """Bytes that wait; those of a batch do not count."""
-        return len(self.data) - self.start
-
-    def feed(self, data: bytes, framer: Framer) -> Iterator[Any]:
-        """Take in one receive and return an iterator over all chunks that are complete now.
-
-        Args:
-            data: what was received.
-            framer: how to cut it; stays in force until the iterator is used up or ``put_back`` is called.
-        """
-        if self.data:
-            self.append(data)
-            if isinstance(self.data, bytearray) and framer.find(self.data, self.start, self.searched) is None:
-                self.searched = len(self.data) - self.start
-                return iter(())
-            data = self.take_all()
-        self.batch, self.data = framer.split(data)
-        return self.batch
-
-    def append(self, data: bytes) -> None:
-        """Take in one receive without looking at it; a long unfinished chunk is collected in a bytearray."""
-        waiting = self.data
-        if not waiting:
-            self.data = data
-        elif isinstance(waiting, bytearray):
-            waiting += data
-        elif len(waiting) - self.start > LONG:
-            self.data = bytearray(memoryview(waiting)[self.start :])
-            self.data += data
-            self.start = 0
-        else:
-            self.data = waiting[self.start :] + data
-            self.start = 0
-
-    def next(self, framer: Framer | None) -> Any:
-        """Hand out one chunk, or NOTHING if none is complete. No framer: all there is."""
-        if framer is None:
-            return self.take_all() if self else NOTHING
-        found = framer.find(self.data, self.start, self.searched)
-        if found is None:
-            self.searched = len(self.data) - self.start
-            self._compact()
-            return NOTHING
-        chunk, self.start = found
-        self.searched = 0
-        if self.start == len(self.data):
-            self.data = b""
-            self.start = 0
-        return chunk
-
-    def put_back(self, framer: Framer) -> None:
-        """Put the chunks of the batch that were not handed out back in front of the waiting bytes."""
-        batch = self.batch
-        self.batch = None
-        if batch is not None:
-            self.data = framer.unsplit(batch, bytes(self.data))
-            self.start = self.searched = 0
-        self.one_by_one = True
-
-    def forget_search(self) -> None:
-        """Search from the start again: the delimiter has changed."""
-        self.searched = 0
-
-    def take_all(self) -> bytes:
-        """Hand out everything that waits, whatever its delimiter."""
-        data = self.data
-        rest = bytes(memoryview(data)[self.start :]) if self.start else bytes(data)
-        self.data = b""
-        self.start = self.searched = 0
-        return rest
-
-    def _compact(self) -> None:
-        # Bytes handed out are dropped when nothing more is found, once per receive and not once per chunk.
-        if self.start:
-            if isinstance(self.data, bytearray):
-                del self.data[: self.start]
-            else:
-                self.data = self.data[self.start :]
-            self.start = 0
-
-
-def framer_for(delimiter: Any) -> Framer | None:
-    """Return the framer of a read delimiter; None for None, which delivers whatever arrives.
-
-    Framers hold no state, so equal delimiters share one.
+class LengthPrefix(Counted):
+    """Chunks behind a length of fixed size.
 
     Args:
-        delimiter: None; bytes or str (UTF-8) that end a chunk; an int, the size of every chunk in bytes.
+        format: of the length, as in ``struct``: one integer, such as ``"!H"`` or ``"<I"``.
+        max_size: bytes of the largest frame without its prefix; more are an overflow as soon as the length is known. None:
+            ``buffer_size`` decides. If it is more than that, it counts.
+        offset: bytes of the header in front of the length.
+        adjustment: bytes that come behind the length in addition to those that it counts; negative if it counts too many.
+        inclusive: the length counts the bytes in front of it and its own, too.
+        strip: bytes to be dropped from the front of each frame; None: the length, if nothing is in front of it, else none.
 
     Raises:
-        ReadDelimiterValueError: it could never end a chunk: empty, zero, negative.
-        ReadDelimiterTypeError: no kind of delimiter has this type.
+        ReadDelimiterValueError, ReadDelimiterTypeError: one of these makes no sense.
+
+    *Source*: the parameters are those of Netty's ``LengthFieldBasedFrameDecoder``.
     """
-    try:
-        return _framer_for(delimiter)
-    except ReadDelimiterTypeError:
-        raise
-    except TypeError:
-        raise _no_such_kind(delimiter) from None  # unhashable
+
+    __slots__ = ("_fixed", "_least", "_struct", "adjustment", "format", "inclusive", "offset", "strip")
+
+    def __init__(
+        self,
+        format: str = "!I",  # noqa: A002, as struct calls it
+        max_size: int | None = None,
+        *,
+        offset: int = 0,
+        adjustment: int = 0,
+        inclusive: bool = False,
+        strip: int | None = None,
+    ) -> None:
+        for name, value in (("offset", offset), ("adjustment", adjustment), ("strip", 0 if strip is None else strip)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ReadDelimiterTypeError(f"LengthPrefix: {name} is a number of bytes, an int, not {value!r}")
+            if value < 0 and name != "adjustment":
+                raise ReadDelimiterValueError(f"LengthPrefix: {name} is a number of bytes and not negative; {value} is")
+        self.format = format
+        self._struct = self._struct_of(format)
+        self.offset = offset
+        self.adjustment = adjustment
+        self.inclusive = inclusive
+        #: Bytes up to the end of the length.
+        self._least = offset + self._struct.size
+        self.strip = (0 if offset else self._least) if strip is None else strip
+        # Bytes of a frame that its length does not count.
+        self._fixed = adjustment + (0 if inclusive else self._least)
+        super().__init__(max_size, self._least)
+
+    @staticmethod
+    def _struct_of(format: str) -> Struct:  # noqa: A002
+        if not isinstance(format, str):
+            raise ReadDelimiterTypeError(f"LengthPrefix: format is a str as in struct, not {format!r}")
+        try:
+            struct = Struct(format)
+            fields = struct.unpack(bytes(struct.size))
+        except StructError as error:
+            raise ReadDelimiterValueError(f"LengthPrefix: format {format!r}: {error}") from None
+        if len(fields) != 1 or type(fields[0]) is not int:
+            raise ReadDelimiterValueError(f"LengthPrefix: format {format!r} is not one integer; give one such as '!I'")
+        return struct
+
+    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | int:
+        least = self._least
+        if len(data) - start < least:
+            return least
+        size = self._struct.unpack_from(data, start + self.offset)[0] + self._fixed
+        if size < least or size < self.strip:
+            raise ValueError(f"a frame of {size} bytes was announced, of which {max(least, self.strip)} are its header")
+        if self.max_size is not None:
+            self._check(size - least)
+        end = start + size
+        if len(data) < end:
+            return int(size)
+        chunk = data[start + self.strip : end]
+        return (chunk if chunk.__class__ is bytes else bytes(chunk)), end
+
+    def pack(self, data: bytes) -> bytes:
+        """Return `data` with its length in front: what a peer has to send.
+
+        Args:
+            data: what follows the length. For an `offset` it begins with the bytes in front of the length.
+
+        Raises:
+            ValueError: the length does not fit into the format.
+        """
+        front, behind = data[: self.offset], data[self.offset :]
+        try:
+            return front + self._struct.pack(len(data) + self._struct.size - self._fixed) + behind
+        except StructError as error:
+            raise ValueError(f"{len(data)} bytes do not fit into the length {self.format!r}: {error}") from None
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.format, self.max_size, self.offset, self.adjustment, self.inclusive, self.strip)
+
+    def __repr__(self) -> str:
+        more = "".join(
+            f", {name}={value!r}"
+            for name, value, usual in (
+                ("offset", self.offset, 0),
+                ("adjustment", self.adjustment, 0),
+                ("inclusive", self.inclusive, False),
+                ("strip", self.strip, 0 if self.offset else self._least),
+            )
+            if value != usual
+        )
+        return f"LengthPrefix({self.format!r}, max_size={self.max_size}{more})"
 
 
-@lru_cache(maxsize=256, typed=True)
-def _framer_for(delimiter: Any) -> Framer | None:
-    if delimiter is None:
-        return None
-    if isinstance(delimiter, str):
-        delimiter = delimiter.encode()
-    if isinstance(delimiter, bytes):
-        if not delimiter:
-            raise ReadDelimiterValueError("an empty read_delimiter would match everywhere; None delivers whatever arrives")
-        return Delimited(bytes(delimiter))
-    if isinstance(delimiter, int) and not isinstance(delimiter, bool):
-        if delimiter < 1:
-            raise ReadDelimiterValueError(f"read_delimiter is {delimiter}; as a size of chunks in bytes it is at least 1")
-        return Fixed(int(delimiter))
-    raise _no_such_kind(delimiter)
+class Netstring(Counted):
+    """Chunks as ``5:hello,``: their length in decimal digits, a colon, themselves, a comma.
+
+    Args:
+        max_size: bytes of the largest chunk; more are an overflow as soon as the length is known. None: ``buffer_size``
+            decides. If it is more than that, it counts.
+
+    *Source*: D. J. Bernstein, "Netstrings", 1997.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, max_size: int | None = None) -> None:
+        super().__init__(max_size, NETSTRING_DIGITS + 2)
+
+    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | int:
+        colon = data.find(b":", start, start + NETSTRING_DIGITS + 1)
+        digits = bytes(data[start : start + NETSTRING_DIGITS + 1 if colon < 0 else colon])
+        # Not int(): it takes blanks, signs and underscores, too.
+        if (digits and not digits.isdigit()) or (len(digits) > 1 and digits[0] == 0x30):
+            raise ValueError(f"a netstring begins with its length and a colon, not with {digits!r}")
+        if colon < 0:
+            if len(digits) > NETSTRING_DIGITS:
+                raise ValueError(f"the length of a netstring has no more than {NETSTRING_DIGITS} digits; {digits!r} are more")
+            return len(digits) + 2
+        if not digits:
+            raise ValueError("a netstring begins with its length, not with the colon")
+        size = int(digits)
+        self._check(size)
+        end = colon + 1 + size
+        if len(data) <= end:
+            return end + 1 - start
+        if data[end] != 0x2C:
+            raise ValueError(f"a netstring of {size} bytes ends in a comma, not in {bytes(data[end : end + 1])!r}")
+        return bytes(data[colon + 1 : end]), end + 1
+
+    def pack(self, data: bytes) -> bytes:
+        """Return `data` as a netstring."""
+        return b"%d:%b," % (len(data), data)
 
 
-def _no_such_kind(delimiter: Any) -> ReadDelimiterTypeError:
-    kind = type(delimiter).__name__
-    return ReadDelimiterTypeError(f"read_delimiter is {delimiter!r}, of type {kind}; give None, bytes, str, or a number of bytes as int")
+class Varint(Counted):
+    """Chunks behind their length as a base 128 varint, as in delimited Protocol Buffers messages.
+
+    Args:
+        max_size: bytes of the largest chunk; more are an overflow as soon as the length is known. None: ``buffer_size``
+            decides. If it is more than that, it counts.
+
+    *Source*: Protocol Buffers, "Encoding" and "Streaming Multiple Messages".
+    """
+
+    __slots__ = ()
+
+    def __init__(self, max_size: int | None = None) -> None:
+        super().__init__(max_size, VARINT_BYTES)
+
+    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | int:
+        size = shift = 0
+        begin = start
+        for byte in data[start : start + VARINT_BYTES]:
+            begin += 1
+            size |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                break
+            shift += 7
+        else:
+            if begin - start == VARINT_BYTES:
+                raise ValueError(f"a varint has no more than {VARINT_BYTES} bytes")
+            return begin - start + 1
+        if size >> 64:
+            raise ValueError(f"a varint has no more than 64 bits; {size} has")
+        self._check(size)
+        end = begin + size
+        if len(data) < end:
+            return end - start
+        return bytes(data[begin:end]), end
+
+    def pack(self, data: bytes) -> bytes:
+        """Return `data` with its length in front."""
+        size = len(data)
+        prefix = bytearray()
+        while size > 0x7F:
+            prefix.append(size & 0x7F | 0x80)
+            size >>= 7
+        prefix.append(size)
+        return bytes(prefix) + data

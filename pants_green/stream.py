@@ -11,14 +11,16 @@ import contextvars
 import logging
 import socket as stdlib_socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 from greenlet import getcurrent
 
 from pants_green import _sockets
-from pants_green._address import Address, parse_connect
-from pants_green._callbacks import StreamCallbacks
+from pants_green._address import NOT_GIVEN, Address, parse_connect
+from pants_green._callbacks import Chunk, StreamCallbacks
 from pants_green._dialling import dial
+from pants_green._inbox import NOTHING
 from pants_green._lifecycle import (
     CLOSE,
     CLOSED,
@@ -37,12 +39,15 @@ from pants_green._lifecycle import (
     WRITE_ONLY,
     CloseReason,
 )
+from pants_green._limits import Limits
 from pants_green._linger import Linger
 from pants_green._pool import Worker
+from pants_green._room import next_mark, overflow_of, tell, wait_for_room, wait_for_room_to_write
+from pants_green._straight import read
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, StreamState
 from pants_green.channel import STARTING
-from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow
-from pants_green.framing import NOTHING, Framer
+from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow, WriteTimeout
+from pants_green.framing import Framer
 
 if TYPE_CHECKING:
     from pants_green.server import Server, StreamServer  # `server` puts StreamServer in here, where the old documents have it
@@ -66,7 +71,10 @@ FORKED = CloseReason.FORKED
 PEER_ENDED = CloseReason.PEER_ENDED
 
 
-class Stream(StreamState):
+T = TypeVar("T")
+
+
+class Stream(StreamState[Chunk]):
     """A connection over which bytes flow in order: dialled with ``connect()`` or accepted by a server.
 
     Every stream that is open has one greenlet; all its callbacks run there, one at a time: ``on_connect`` first,
@@ -129,7 +137,7 @@ class Stream(StreamState):
         if self._server is None or not self._server._keeps_streams:
             self._engine._roots.add(self)
 
-    def connect(self, address: Any, port: int | None = None) -> "Stream":
+    def connect(self, address: Any, port: int | None = None) -> "Stream[Chunk]":
         """Dial; returns at once. ``on_connect`` or ``on_connect_error`` follows, never inside this call.
 
         A name is looked up without blocking anybody, and its addresses are tried one after the other.
@@ -217,16 +225,15 @@ class Stream(StreamState):
         switch = self._greenlet.switch
         recv = self._recv
         reader = self._reader
-        outbox = self._outbox
         size = self._receive_size
         turn_began = 0.0
         while True:
-            framer = self._active
-            if framer is INTERRUPTED:
+            if self._attention is not None:
                 if not self._attend():
                     return
                 self._deliver_waiting()
                 continue
+            framer = self._framer
             try:
                 data = recv(size)
             except BlockingIOError:
@@ -238,10 +245,10 @@ class Stream(StreamState):
                 if not data:
                     self._input_ended()
                     return
-                owed = outbox.size
+                owed = self._pending
                 if framer is None:
                     try:
-                        self.on_read(data)
+                        self.on_read(data)  # type: ignore[call-arg]
                     except BaseException as error:
                         self._failed("on_read", error)
                 else:
@@ -251,7 +258,7 @@ class Stream(StreamState):
                     self._flush()
                 if len(dirty) >= engine._flush_at:
                     engine._batch_done()
-                if outbox.size > self._high_water and outbox.size > owed:
+                if self._pending > self._high_water and self._pending > owed:
                     self._wait_for_room(min(self._low_water, self._high_water))
                 if received == size:
                     if size < RECEIVE_MOST:
@@ -265,8 +272,10 @@ class Stream(StreamState):
                     size = self._receive_size = RECEIVE_LEAST
                 # Nothing is received again after a short receive: it would only meet EAGAIN (0.82 in ping-pong).
                 del data
-            if self._active is INTERRUPTED:
-                continue
+            while self._attention is not None:
+                if not self._attend():
+                    return
+                self._deliver_waiting()
             # What _wait does. Start and stop of a watcher cost no system call.
             self._waiting = True
             try:
@@ -279,88 +288,214 @@ class Stream(StreamState):
                     self._forget_wakeup()
             turn_began = 0.0
 
-    def _deliver(self, data: bytes, framer: Framer) -> None:
+    def _deliver(self, data: bytes, framer: Any) -> None:
         """Hand one receive to on_read, chunk by chunk."""
         inbox = self._inbox
-        if inbox.one_by_one:
-            inbox.append(data)
-            self._deliver_waiting()
+        if not inbox.plain:
+            if inbox.one_by_one:
+                begun = len(inbox) > 0
+                inbox.append(data)
+                self._deliver_waiting(begun)
+            else:
+                self._deliver_fields(data, framer)
             return
-        if inbox.data:
-            batch = inbox.feed(data, framer)
-        else:  # what feed does if nothing waits, without the call: 1 % of a line
-            batch, inbox.data = framer.split(data)
-            inbox.batch = batch
-        for chunk in batch:
-            try:
-                self.on_read(chunk)
-            except BaseException as error:
-                self._failed("on_read", error)
-            # The one check per chunk: the delimiter was changed, something was posted, or the stream closes.
-            if self._active is not framer:
-                if self._active is INTERRUPTED:
-                    self._attend()
-                if self._active is not framer:
-                    inbox.put_back(framer)
-                    self._deliver_waiting()
+        waiting = inbox.data
+        chunk = NOTHING
+        try:
+            if waiting:
+                batch = inbox.feed(data, framer)
+            else:  # what feed does if nothing waits, without the call: 1 % of a line
+                batch, inbox.data = framer.split(data)
+                inbox.batch = batch
+            for chunk in batch:
+                try:
+                    self.on_read(chunk)  # type: ignore[call-arg]
+                except BaseException as error:
+                    self._failed("on_read", error)
+                # The one check per chunk: the delimiter was changed, something was posted or read(), or the stream closes.
+                if self._attention is not None and not self._same_batch(framer):
                     return
+        except Exception as error:  # from the framer: what on_read raises has been dealt with
+            self._input_senseless(error)
+            return
         inbox.batch = None
         if inbox.data:
-            self._check_overflow()
+            self._unfinished(bool(waiting) and chunk is NOTHING)
 
-    def _deliver_waiting(self) -> None:
-        """Hand what waits to on_read, chunk by chunk, each by the delimiter that holds when its turn comes."""
+    def _deliver_fields(self, data: bytes, framer: Any) -> None:
+        """Do the same for chunks whose elements are arguments. To ask which they are for each chunk costs 2 % of all lines."""
         inbox = self._inbox
-        while True:
-            framer = self._active
-            if framer is INTERRUPTED:
-                if not self._attend():
+        waiting = inbox.data
+        chunk = NOTHING
+        try:
+            for chunk in inbox.feed(data, framer):
+                try:
+                    self.on_read(*chunk)  # type: ignore[call-arg]
+                except BaseException as error:
+                    self._failed("on_read", error)
+                if self._attention is not None and not self._same_batch(framer):
                     return
-                continue
-            chunk = inbox.next(framer)
+        except Exception as error:
+            self._input_senseless(error)
+            return
+        inbox.batch = None
+        if inbox.data:
+            self._unfinished(bool(waiting) and chunk is NOTHING)
+
+    def _same_batch(self, framer: Any) -> bool:
+        """See to what has come up between two chunks, and tell whether the batch goes on; else the rest has been delivered."""
+        inbox = self._inbox
+        if self._attend() and self._framer is framer and not inbox.one_by_one:
+            return True
+        inbox.put_back(framer)
+        self._deliver_waiting()
+        return False
+
+    def _deliver_waiting(self, begun: bool = False, overflowed: bool = False) -> None:
+        """Hand what waits to on_read, chunk by chunk, each by the delimiter that holds when its turn comes.
+
+        Args:
+            begun: whether the first bytes of the first chunk had come before.
+            overflowed: whether on_overflow_error has had its chance.
+        """
+        inbox = self._inbox
+        next_chunk = inbox.next
+        while True:
+            if self._attention is not None and not self._attend():
+                return
+            framer = self._framer
+            try:
+                chunk = next_chunk(framer)
+            except Exception as error:
+                self._input_senseless(error)
+                return
             if chunk is NOTHING:
                 break
+            begun = False
             try:
-                self.on_read(chunk)
+                if framer is not None and framer.spread:
+                    self.on_read(*chunk)  # type: ignore[call-arg]
+                else:
+                    self.on_read(chunk)  # type: ignore[call-arg]
             except BaseException as error:
                 self._failed("on_read", error)
-        self._check_overflow()
+        if inbox.data:
+            self._unfinished(begun, overflowed)
 
-    def _check_overflow(self) -> None:
-        """No chunk is complete: see whether too much waits for its delimiter."""
-        waiting = len(self._inbox)
+    def _unfinished(self, begun: bool, overflowed: bool = False) -> None:
+        """No chunk is complete: see how long the rest may take, and whether too much waits.
+
+        Args:
+            begun: whether it is the chunk that was unfinished before.
+            overflowed: whether on_overflow_error has had its chance.
+        """
+        if self._read_timeout is not None and not begun:
+            self._limit("read", self._read_timeout)
+        inbox = self._inbox
+        waiting = max(len(inbox), inbox.wanted)
         if waiting <= self._buffer_size or waiting <= self._allowed():
             return
-        self._call("on_overflow_error", self._overflow(waiting))
-        if self._active is INTERRUPTED and not self._attend():
+        if overflowed:
+            self._shut(CloseReason.OVERFLOW, self._overflow_of_input(waiting))
             return
-        # The callback may have taken another delimiter, or allowed more.
-        inbox = self._inbox
-        while (chunk := inbox.next(self._active)) is not NOTHING:
-            self._call("on_read", chunk)
-            if self._active is INTERRUPTED and not self._attend():
-                return
-        waiting = len(inbox)
-        if waiting > self._allowed():
-            self._shut(CloseReason.OVERFLOW, self._overflow(waiting))
+        self._call("on_overflow_error", self._overflow_of_input(waiting))
+        # It may have taken another delimiter, or allowed more.
+        self._deliver_waiting(overflowed=True)
 
     def _allowed(self) -> int:
         limit: int = self._buffer_size
-        return limit if self._framer is None else max(limit, self._framer.least)
+        return limit if self._framer is None else max(limit, self._framer.room)
 
-    def _overflow(self, waiting: int) -> StreamBufferOverflow:
+    def _overflow_of_input(self, waiting: int) -> StreamBufferOverflow:
         allowed = self._allowed()
         message = f"{waiting} bytes wait for the read_delimiter {self._read_delimiter!r} on {self!r}; buffer_size allows {allowed}"
         return StreamBufferOverflow(message, waiting, allowed)
 
+    def _input_senseless(self, error: Exception) -> None:
+        """What came cannot be cut or decoded: nothing behind it can be, either."""
+        if isinstance(error, StreamBufferOverflow):
+            if self._state is not CLOSED:
+                self._keep_posted("on_overflow_error", error)
+                self._shut(CloseReason.OVERFLOW, error)
+            return
+        if self._state is not CLOSED:
+            self._keep_posted("on_read_error", error.with_traceback(None))
+            self._shut(CloseReason.BAD_INPUT, error)
+
     def _attend(self) -> bool:
-        """Run what was posted, in the stream's own greenlet, and tell whether reading goes on."""
-        if self._posted:
-            self._run_posted()
-        if self._state is OPEN or self._state is READ_ONLY:
-            self._active = self._framer
-            return True
-        return False
+        """Run what was posted, in the stream's own greenlet, and tell whether reading goes on; while paused, wait."""
+        while True:
+            if self._posted:
+                self._run_posted()
+            if self._state is not OPEN and self._state is not READ_ONLY:
+                return False
+            if not self._paused:
+                self._attention = None
+                return True
+            self._wait()
+
+    @overload
+    def read(self, delimiter: Struct, timeout: float | None = None) -> tuple[Any, ...]: ...
+    @overload
+    def read(self, delimiter: Framer[T], timeout: float | None = None) -> T: ...
+    @overload
+    def read(self: "Stream[bytes]", delimiter: bytes | str | int | None, timeout: float | None = None) -> bytes: ...
+    @overload
+    def read(self: "Stream[str]", delimiter: bytes | str | int | None, timeout: float | None = None) -> str: ...
+    @overload
+    def read(self, delimiter: Any = ..., timeout: float | None = None) -> Any: ...
+    def read(self, delimiter: Any = NOT_GIVEN, timeout: float | None = None) -> Any:
+        """Wait for one chunk and return it; in a callback of this very stream, but for ``on_end`` and ``on_close``.
+
+        It is what ``on_read`` would have got next; ``on_read`` gets what comes behind it. No other callback of the stream runs
+        meanwhile, and its `read_timeout` does not count.
+
+        Args:
+            delimiter: what ends this chunk, as `read_delimiter`, which is meant if none is given.
+            timeout: seconds to wait; None: without limit; 0: not at all.
+
+        Returns:
+            bytes, or str if there is an `encoding`; a tuple for a Struct; a match object; what a Framer makes of it.
+
+        Raises:
+            ReadTimeout: (TimeoutError) no whole chunk came in time. Nothing is lost: what has come is read next.
+            ChannelClosed: (RuntimeError) the peer has ended its side and no whole chunk is left, or the stream was closed
+                meanwhile. If the callback lets it pass that is no error; ``on_end`` and ``on_close`` follow.
+            StreamBufferOverflow: more than `buffer_size` came without the delimiter. It becomes ``on_overflow_error`` if the
+                callback lets it pass.
+            ChannelStateError: (RuntimeError) it was called in another greenlet, or in ``on_end`` or ``on_close``.
+            InvalidReadDelimiterError: (TypeError or ValueError) nothing can be cut by that delimiter.
+        """
+        return read(self, delimiter, timeout)
+
+    def pause(self) -> None:
+        """Stop reading, from any greenlet: ``on_read`` gets nothing more until ``resume()``, and the peer is held up.
+
+        The end of the peer's input waits, too. ``close()`` and ``end()`` take effect all the same, and so does ``read()``.
+        """
+        self._paused = True
+        self._interrupt()
+
+    def resume(self) -> None:
+        """Go on after ``pause()``; no effect if it was not called."""
+        if self._paused:
+            self._paused = False
+            self._interrupt()
+
+    @property
+    def paused(self) -> bool:
+        """Whether ``pause()`` was called and ``resume()`` was not."""
+        return self._paused
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        """A callback raised; what ``read()`` raised in it, and nobody caught, is the peer's doing and no mistake."""
+        if getattr(error, "_raised_by_read_of", None) is not self:
+            super()._failed(name, error)
+        elif isinstance(error, StreamBufferOverflow):
+            self._call("on_overflow_error", error)
+            self._shut(CloseReason.OVERFLOW, error)
+        else:
+            self._log(logging.DEBUG, "%s was left: %s", name, error, event="callback_left")
 
     def _input_ended(self) -> None:
         """The peer's FIN: every complete chunk has been delivered."""
@@ -369,7 +504,7 @@ class Stream(StreamState):
             self._shut(PEER_ENDED)  # nobody listens and nothing is owed
             return
         rest = self._inbox.take_all() if self._inbox.data else b""
-        self._active = INTERRUPTED
+        self._attention = INTERRUPTED
         self._move(INPUT_ENDED_HALF_OPEN if self.allow_half_open else INPUT_ENDED)
         if not self._state.connected:
             self._close_reason = PEER_ENDED
@@ -399,8 +534,10 @@ class Stream(StreamState):
     def write(self, data: Any, flush: bool = False) -> None:
         """Queue data to be sent; returns at once. What is written in one turn of the hub goes out together.
 
+        If more than `write_limit` bytes are pending already, it waits for room, or does what `overflow` says.
+
         Args:
-            data: bytes-like, or str (UTF-8). What can change is copied.
+            data: bytes-like, or str (in the `encoding`, UTF-8 if there is none). What can change is copied.
             flush: try to send now.
 
         Raises:
@@ -420,14 +557,40 @@ class Stream(StreamState):
             if not engine._flush_asked:
                 engine._ask_flush()
             engine._dirty.append(self)
+        elif self._pending >= self._write_limit:
+            if wait_for_room_to_write(self, len(data)):
+                self.write(data, flush)
+            return
         out.append(data)
-        self._outbox.size += len(data)
+        self._pending += len(data)
         if flush:
             self.flush()
 
     def send(self, data: Any) -> None:
         """The oldest name of ``write``."""
         self.write(data)
+
+    def write_packed(self, *data: Any, format: Any = None, flush: bool = False) -> None:  # noqa: A002
+        """Pack values and queue the bytes; see ``write``.
+
+        Args:
+            *data: the values.
+            format: what packs them: a ``struct.Struct``, a NetStruct, a Framer with a ``pack()``, or a str as in ``struct``; if
+                none is given, the `read_delimiter`.
+            flush: try to send now.
+
+        Raises:
+            ValueError: there is no format, and the `read_delimiter` cannot pack.
+            struct.error: the values do not fit the format.
+            ChannelClosed, TypeError: as for ``write``.
+        """
+        packer = self._read_delimiter if format is None else Struct(format) if isinstance(format, (str, bytes)) else format
+        if not callable(getattr(packer, "pack", None)):
+            raise ValueError(
+                f"write_packed() on {self!r} takes a format, as in struct, or a read_delimiter that can pack, such as a Struct; "
+                f"{packer!r} cannot"
+            )
+        self.write(packer.pack(*data), flush)
 
     def _refuse(self, call: str) -> NoReturn:
         state = self._state
@@ -441,7 +604,7 @@ class Stream(StreamState):
 
     def _as_bytes(self, data: Any) -> bytes:
         if isinstance(data, str):
-            return data.encode()
+            return data.encode(self._encoding or "utf-8")
         try:
             view = memoryview(data)
         except TypeError:
@@ -459,16 +622,39 @@ class Stream(StreamState):
         self._engine._enter()
         self._flush_all()
 
+    def drain(self) -> None:
+        """Wait, if more than `high_water` bytes are pending, until no more than `low_water` are. In any greenlet; only it waits.
+
+        What a stream writes that passes on what it reads, or makes more than its peer may take, should be drained now and then.
+
+        Raises:
+            ChannelClosed: (RuntimeError) the stream is not connected, or was closed before its output was sent.
+            ChannelStateError: (RuntimeError) it was called in the hub, where nobody may wait.
+        """
+        self._engine._enter()
+        if self._socket is None or self._state is CONNECTING:
+            self._refuse("drain()")
+        if self._pending <= self._high_water:
+            return
+        self._flush_all()
+        if self._pending <= self._high_water:
+            return
+        if getcurrent() is self._engine._hub:
+            raise ChannelStateError(f"drain() on {self!r} was called in the hub, which must not wait; call it in a greenlet")
+        wait_for_room(self, min(self._low_water, self._high_water))
+        if self._socket is None and self._close_reason is not CloseReason.ENDED_HERE:
+            raise ChannelClosed(f"drain() on {self!r}: it was closed before everything was sent ({self._close_reason})", self)
+
     def _flush_all(self) -> None:
         """Send until the kernel takes no more, also if the write watcher waits already."""
-        outbox = self._outbox
-        while outbox.items:
+        items = self._outbox.items
+        while items:
             if self._sending:
                 self._sending = False
                 self._writer.stop()
-            owed = outbox.size
+            owed = self._pending
             self._flush()
-            if outbox.size == owed:
+            if self._pending == owed:
                 return
 
     def _flush(self) -> None:
@@ -476,7 +662,7 @@ class Stream(StreamState):
         self._flush_each((self,))
 
     @staticmethod
-    def _flush_each(streams: "Iterable[Stream]") -> None:
+    def _flush_each(streams: "Iterable[Stream[...]]") -> None:
         """Do so for every one of these: one send each, and no call between them, which is 4 % of a round trip's instructions."""
         for stream in streams:
             outbox = stream._outbox
@@ -484,24 +670,26 @@ class Stream(StreamState):
             if stream._sending or not items:
                 continue  # the write watcher goes on, or an earlier flush has done it
             try:
-                sent = stream._send(items[0] if len(items) == 1 else outbox.head())
+                sent = stream._send(items[0] if len(items) == 1 else outbox.head(stream._pending))
             except BlockingIOError:
                 sent = 0
             except OSError as error:
                 stream._broken("on_write_error", error)
                 continue
-            if sent == outbox.size:
+            if sent == stream._pending:
                 items.clear()
-                outbox.size = 0
+                stream._pending = 0
                 if stream._write_heard:
                     stream._post("_written")
                 if stream._room_at >= 0:
                     stream._room_made()
             else:
                 outbox.sent(sent)
+                stream._pending -= sent
                 stream._sending = True
                 stream._writer.start(stream._writable)
-                if outbox.size <= stream._room_at:
+                stream._stalled(sent)
+                if stream._pending <= stream._room_at:
                     stream._room_made()
 
     def _written(self) -> None:
@@ -509,15 +697,51 @@ class Stream(StreamState):
         if self._state is not CLOSED:
             self._call("on_write")
 
+    def _stalled(self, sent: int) -> None:
+        """The kernel has not taken everything: from now on `write_timeout` runs, anew whenever it takes something."""
+        if self._write_timeout is not None and (sent or self._limits is None or not self._limits.runs("write")):
+            self._limit("write", self._write_timeout)
+        if self._room_at < 0:
+            self._room_at = 0  # when all is sent, the limit ends
+
     def _room_made(self) -> None:
-        """The outbox has come down to the mark for which somebody waits."""
-        self._room_at = -1
-        if self._state is READ_ONLY:
-            if self._outbox.items:
-                self._room_at = 0
-            else:
+        """The outbox has come down to a mark for which somebody waits."""
+        if not self._outbox.items:
+            if self._limits is not None:
+                self._limits.end("write")
+            if self._state is READ_ONLY:
                 _sockets.shutdown_output(self._socket)
-        self._alert()
+        tell(self)
+        self._room_at = next_mark(self)
+
+    def _overfull(self) -> None:
+        """Too much is pending for a peer that does not take it, and nobody here can wait."""
+        error = overflow_of(self)
+        self._keep_posted("on_overflow_error", error)
+        self._shut(CloseReason.OVERFLOW, error)
+
+    def _limit(self, which: str, seconds: float) -> None:
+        """Start a time limit, or start it anew."""
+        if self._limits is None:
+            self._limits = Limits(self._engine, self._limit_hit)
+        self._limits.begin(which, seconds)
+
+    def _limit_hit(self, which: str) -> None:
+        """Hub: the time of a limit is up."""
+        if which == "write":
+            if self._outbox.items:
+                self._keep_posted("on_timeout", which)
+                self._shut(CloseReason.TIMED_OUT, WriteTimeout(self._limit_text(which)))
+        elif self._inbox.data and self._read_timeout is not None:
+            self._limit(which, self._read_timeout)
+            if self._waiting and self._own_mark < 0 and not self._paused:
+                self._post("on_timeout", which)
+
+    def _limit_text(self, which: str) -> str:
+        if which == "read":
+            return f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
+        text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds, of {self._pending} bytes"
+        return text + ("; neither side is reading: this one waits for room, too" if self._own_mark >= 0 else "")
 
     def _writable(self) -> None:
         """Hub: the kernel has room again."""
@@ -528,12 +752,14 @@ class Stream(StreamState):
     def _wait_for_room(self, mark: int) -> None:
         """Wait, in the stream's own greenlet, until no more than `mark` bytes are pending. Nothing is read meanwhile."""
         self._flush()
-        while self._outbox.size > mark and self._state.connected:
-            self._room_at = mark
+        while self._pending > mark and self._state.connected:
+            self._own_mark = mark
+            self._room_at = max(self._room_at, mark)
             try:
                 self._wait()
             finally:
-                self._room_at = 0 if self._state is READ_ONLY else -1
+                self._own_mark = -1
+                self._room_at = next_mark(self)
             self._run_posted()
 
     # ---- Closing
@@ -554,7 +780,7 @@ class Stream(StreamState):
         elif not self._outbox.items:
             _sockets.shutdown_output(self._socket)
         elif self._room_at < 0:
-            self._room_at = 0
+            self._room_at = 0  # the FIN follows when all is sent
 
     def end(self) -> None:
         """Send everything that is queued, then a FIN, and close. Never waits.
@@ -610,11 +836,13 @@ class Stream(StreamState):
             self._flush()
             if not self._outbox.items:
                 break
-            self._room_at = 0
+            self._own_mark = 0
+            self._room_at = max(self._room_at, 0)
             try:
                 self._wait(None if self._peer_ended else self._reader)
             finally:
-                self._room_at = -1
+                self._own_mark = -1
+                self._room_at = next_mark(self)
             self._discard_input()
         if self._state is DRAINING:
             self._run_posted()
@@ -660,9 +888,15 @@ class Stream(StreamState):
         self._close_error = error
         self._move(CLOSE)
         if self._outbox.items:
-            self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._outbox.clear(), reason, event="dropped")
+            self._outbox.items.clear()
+            self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._pending, reason, event="dropped")
+            self._pending = 0
+        if self._limits is not None:
+            self._limits.cancel()
         if self._socket is not None:
             self._drop_socket(reset)
+        if self._drainers:
+            tell(self)
         self._engine._roots.discard(self)
         self._interrupt()
 
@@ -680,7 +914,7 @@ class Stream(StreamState):
 
     def _disown(self, reason: CloseReason) -> None:
         """Close without a word to the user: no callback has run yet, or none may run here."""
-        self._active = INTERRUPTED
+        self._attention = INTERRUPTED
         self._told = True
         self._shut(reason)
 

@@ -468,7 +468,7 @@ def test_greenlets_under_load_are_at_most_one_for_each_connection(server_of, pee
     speakers = crowd_of(count, server, peer, recorder)
     assert busy_greenlets() - before <= count
     # Until all of them are owed more than the kernel takes: some wait for that, some for input.
-    while sum(stream._outbox.size > 0 for stream in server.channels.values()) < count:
+    while sum(stream._pending > 0 for stream in server.channels.values()) < count:
         for one in speakers:
             one.socket.send(b"more")
         gevent.sleep(0.01)

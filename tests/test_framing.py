@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pants_green import Stream
+from pants_green._delimiters import Delimited, Fixed, framer_for
+from pants_green._inbox import LONG, NOTHING, Inbox
 from pants_green.errors import InvalidReadDelimiterError, ReadDelimiterTypeError, ReadDelimiterValueError
-from pants_green.framing import LONG, NOTHING, Delimited, Fixed, Inbox, framer_for
 from pants_green.testing import fragmentations, memory_pair
 from pants_green.testing.strategies import fragments
 
@@ -398,7 +399,7 @@ class Counting(Delimited):
 
     def find(self, data, start, searched):
         found = super().find(data, start, searched)
-        begin = start + max(0, searched - self.least + 1)
+        begin = start + max(0, searched - self.room + 1)
         Counting.scanned += (len(data) if found is None else found[1]) - begin
         return found
 
@@ -510,7 +511,7 @@ class OwnText(str):
 def test_framer_for_knows_how_many_bytes_a_chunk_needs(delimiter, kind, least):
     framer = framer_for(delimiter)
     assert type(framer) is kind
-    assert framer.least == least
+    assert framer.room == least
 
 
 def test_framer_for_none_is_no_framer():
@@ -524,10 +525,10 @@ def test_framer_for_equal_delimiters_is_one_framer():
 
 def test_framer_for_one_is_not_that_for_true():
     """Equal and of equal hash, but one is a size and the other a mistake: whichever is asked for first."""
-    assert framer_for(1).least == 1
+    assert framer_for(1).room == 1
     with pytest.raises(ReadDelimiterTypeError):
         framer_for(True)
-    assert framer_for(1).least == 1
+    assert framer_for(1).room == 1
 
 
 @pytest.mark.parametrize("delimiter", [b"", "", 0, -1, -(10**30), OwnBytes(b"")], ids=repr)

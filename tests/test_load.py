@@ -20,7 +20,8 @@ from gevent import monkey
 from peers import Peer, PlainSocket, in_thread
 
 from pants_green import Connection
-from pants_green.framing import NOTHING, Inbox, framer_for
+from pants_green._delimiters import framer_for
+from pants_green._inbox import NOTHING, Inbox
 from pants_green.testing import memory_pair
 
 HERE = Path(__file__).resolve().parent

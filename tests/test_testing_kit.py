@@ -461,11 +461,11 @@ def test_memory_pair_backpressure_a_send_takes_no_more_than_the_other_side_has_r
         gevent.sleep(0)
     # 1000 bytes are with the slow reader, 1000 more are on their way, and the rest waits for room.
     assert recorder == [1000]
-    assert left._outbox.size == 8000
+    assert left._pending == 8000
     go.set()
     recorder.wait_for(lambda sizes: sum(sizes) == 10_000)
     assert max(recorder) <= 1000
-    assert left._outbox.size == 0
+    assert left._pending == 0
     left.close()
     right.close()
 
@@ -475,7 +475,7 @@ def test_memory_pair_backpressure_the_test_makes_room_by_receiving():
     gevent.sleep(0)
     stream.write(b"x" * 2500, flush=True)
     gevent.sleep(0)
-    assert stream._outbox.size == 1500
+    assert stream._pending == 1500
     assert end.received() == b"x" * 1000
     gevent.sleep(0.001)
     assert end.received() == b"x" * 2000

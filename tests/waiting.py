@@ -45,4 +45,4 @@ def unread(stream):
 
 def unsent(stream):
     """Return how many bytes of a stream wait to be sent."""
-    return stream._outbox.size
+    return stream._pending
