@@ -1,12 +1,13 @@
 /*
  * load.c - a small single-threaded epoll load generator for echo servers on 127.0.0.1.
  *
- *   load MODE [-p port] [-c conns] [-m bytes] [-k count] [-b batch] [-t seconds] [-w window] [-e]
+ *   load MODE [-p port] [-c conns] [-m bytes] [-l bytes] [-k count] [-b batch] [-t seconds] [-w window] [-e]
  *
  * MODE is one of
  *   pingpong  one M-byte message in flight per connection, echoed back
  *   lines     every connection sends a batch of B CRLF-ended lines of M bytes (CRLF included) and waits until the whole
- *             batch is echoed
+ *             batch is echoed; with -l L each message is a line of L bytes (CRLF included) and a body of M - L bytes,
+ *             and both are counted
  *   bulk      stream as fast as possible, at most W bytes in flight per connection, count the bytes echoed
  *   churn     connect, send one M-byte CRLF-ended line, read the echo, close
  *   idle      open C connections (-e: exchange one line on each), print "ESTABLISHED n", hold until stdin ends or
@@ -42,7 +43,7 @@ typedef struct {
 } conn;
 
 static int port = 9000, nconn = 1, batch = 100, exch = 0;
-static size_t msg = 64, window = 4u << 20;
+static size_t msg = 64, head = 0, window = 4u << 20;
 static uint64_t count = 1000000000ull;
 static double tmax = 1.0;
 static int ep;
@@ -128,7 +129,7 @@ static void echo_units(const char *mode, conn *cs, int is_lines) {
     uint64_t start = now_ns(), end = start + (uint64_t)(tmax * 1e9), t = start;
     int alive = nconn;
     for (int i = 0; i < nconn; i++) { cs[i].t0 = t; if (!push_unit(&cs[i])) { errors++; } }
-    uint64_t per = is_lines ? (uint64_t)batch : 1;
+    uint64_t per = !is_lines ? 1 : head ? 2 * (uint64_t)batch : (uint64_t)batch;
     while (alive > 0 && ops < count) {
         int n = epoll_wait(ep, ev, 256, 200);
         t = now_ns();
@@ -157,7 +158,7 @@ static void echo_units(const char *mode, conn *cs, int is_lines) {
             }
         }
     }
-    report(mode, start, t, (double)ops, is_lines ? "lines/s" : "round trips/s");
+    report(mode, start, t, (double)ops, !is_lines ? "round trips/s" : head ? "chunks/s" : "lines/s");
 }
 static void bulk(conn *cs) {
     struct epoll_event ev[256];
@@ -285,10 +286,11 @@ int main(int argc, char **argv) {
     const char *mode = argv[1];
     int o;
     optind = 2;
-    while ((o = getopt(argc, argv, "p:c:m:k:b:t:w:e")) != -1) switch (o) {
+    while ((o = getopt(argc, argv, "p:c:m:l:k:b:t:w:e")) != -1) switch (o) {
         case 'p': port = atoi(optarg); break;
         case 'c': nconn = atoi(optarg); break;
         case 'm': msg = (size_t)atol(optarg); break;
+        case 'l': head = (size_t)atol(optarg); break;
         case 'k': count = strtoull(optarg, 0, 10); break;
         case 'b': batch = atoi(optarg); break;
         case 't': tmax = atof(optarg); break;
@@ -299,7 +301,7 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     sa.sin_family = AF_INET; sa.sin_port = htons(port);
     sa.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (msg < 2 || nconn < 1 || nconn > 20000 || tmax > 300) { fprintf(stderr, "bad option\n"); return 2; }
+    if (msg < 2 || head == 1 || head > msg || nconn < 1 || nconn > 20000 || tmax > 300) { fprintf(stderr, "bad option\n"); return 2; }
     ep = epoll_create1(0);
     caplat = 8u << 20; lat = malloc(caplat * sizeof *lat);
     conn *cs = calloc((size_t)nconn, sizeof *cs);
@@ -312,7 +314,7 @@ int main(int argc, char **argv) {
         unit = is_lines ? msg * (size_t)batch : msg;
         pat = malloc(unit);
         for (size_t i = 0; i < unit; i++) pat[i] = (char)('a' + (i % msg) % 26);
-        for (size_t i = msg; i <= unit; i += msg) { pat[i - 2] = '\r'; pat[i - 1] = '\n'; }
+        for (size_t i = head ? head : msg; i <= unit; i += msg) { pat[i - 2] = '\r'; pat[i - 1] = '\n'; }
     }
     if (is_lines) echo_units("lines", cs, 1);
     else if (is_bulk) bulk(cs);

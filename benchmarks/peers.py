@@ -1,7 +1,8 @@
 """The servers to measure against: ``python benchmarks/peers.py PEER MODE PORT``.
 
-MODE is ``echo`` (whatever is read is written back) or ``line`` (split at CRLF; one callback, or one step of the loop, per line
-writes it back). All set TCP_NODELAY, listen on 127.0.0.1 and print READY. PEER is one of
+MODE is ``echo`` (whatever is read is written back), ``line`` (split at CRLF; one callback, or one step of the loop, per line
+writes it back) or, for the two of gevent, ``change`` (lines and bodies of 16 bytes in turn; the chunk is cut from the front of
+what was received, and the rest kept). All set TCP_NODELAY, listen on 127.0.0.1 and print READY. PEER is one of
 
     gevent       a StreamServer and the loop that one writes by hand: a sendall for each line
     gevent-join  the same with the lines of one recv joined for one sendall: the best that such a loop can do
@@ -15,6 +16,7 @@ import sys
 EOL = b"\r\n"
 BACKLOG = 1024
 RECEIVE = 64 * 1024
+BODY = 16
 
 
 def ready():
@@ -41,7 +43,25 @@ def serve_gevent(mode, port, joined=False):
             if answer:
                 sock.sendall(b"".join(answer))
 
-    serve = echo if mode == "echo" else joined_lines if joined else each_line
+    def changing(sock, received=b"", in_body=False):
+        while data := sock.recv(RECEIVE):
+            received += data
+            answer = []
+            while len(received) >= BODY if in_body else EOL in received:
+                if in_body:
+                    chunk, received = received[:BODY], received[BODY:]
+                else:
+                    end = received.find(EOL)
+                    chunk, received = received[:end] + EOL, received[end + len(EOL) :]
+                in_body = not in_body
+                if joined:
+                    answer.append(chunk)
+                else:
+                    sock.sendall(chunk)
+            if answer:
+                sock.sendall(b"".join(answer))
+
+    serve = {"echo": echo, "line": joined_lines if joined else each_line, "change": changing}[mode]
 
     def handle(sock, address):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -58,6 +78,10 @@ def serve_gevent(mode, port, joined=False):
 
 def serve_asyncio(mode, port, run=None):
     import asyncio
+    import logging
+
+    # It would write a line for each answer to a load that has gone, and that takes the time of the next visit.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
 
     class Echo(asyncio.Protocol):
         def connection_made(self, transport):
@@ -106,9 +130,10 @@ def serve_gevent_joined(mode, port):
 
 
 PEERS = {"gevent": serve_gevent, "gevent-join": serve_gevent_joined, "asyncio": serve_asyncio, "uvloop": serve_uvloop}
+MODES = dict.fromkeys(PEERS, ("echo", "line")) | dict.fromkeys(("gevent", "gevent-join"), ("echo", "line", "change"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in PEERS or sys.argv[2] not in ("echo", "line") or not sys.argv[3].isdecimal():
-        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(PEERS)}}} {{echo|line}} PORT")
+    if len(sys.argv) != 4 or sys.argv[2] not in MODES.get(sys.argv[1], ()) or not sys.argv[3].isdecimal():
+        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(PEERS)}}} {{echo|line|change}} PORT")
     PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Measures our echo server against those of its peers, side by side, and prints one table of ratios.
+"""Measures our echo server against those of its peers, side by side, and prints tables of ratios.
 
     python benchmarks/run.py                          all benches; some minutes
     python benchmarks/run.py --benches pp64,lines --rounds 2 --seconds 0.3
@@ -21,6 +21,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +35,11 @@ CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 
 
 class Bench(NamedTuple):
-    mode: str  # what the servers do: echo or line
+    mode: str  # what the servers do: echo, line or another mode of our server
     load: str  # the arguments of the load generator
     about: str
     fixed: bool = False  # a fixed amount of work, not a fixed time
+    against: tuple[str, ...] = ()  # what to measure against, if not the peers that were asked for: peers, or modes of our own
 
 
 BENCHES = {
@@ -46,10 +48,18 @@ BENCHES = {
     "pp16k": Bench("echo", "pingpong -c 16 -m 16384", "16 KiB ping-pong, 16 connections"),
     "bulk": Bench("echo", "bulk -c 4", "streaming echo, 4 connections"),
     "lines": Bench("line", "lines -c 16 -m 32 -b 100", "100 lines of 32 B at once, 16 connections"),
+    "bytes64": Bench("line", "lines -c 16 -m 64 -b 100", "100 lines of 64 B at once, 16 connections"),
     "lines1": Bench("line", "lines -c 64 -m 32 -b 1", "one line of 32 B at once, 64 connections"),
     "churn": Bench("line", "churn -c 16 -m 16", "connect, one line, close; 16 at once"),
     "dribble": Bench("line", "dribble -k 4194304 -m 1448", "one line of 4 MiB in pieces of 1448 B", fixed=True),
     "idle": Bench("line", "idle -e -c 1000", "memory of 1000 idle connections (less is better)"),
+    "int8": Bench("int8", "lines -c 16 -m 8 -b 100", "100 chunks of 8 B, int", against=("bytes8",)),
+    "struct8": Bench("struct8", "lines -c 16 -m 8 -b 100", "100 chunks of 8 B, Struct", against=("bytes8",)),
+    "int64": Bench("int64", "lines -c 16 -m 64 -b 100", "100 chunks of 64 B, int", against=("bytes64",)),
+    "regex64": Bench("regex64", "lines -c 16 -m 64 -b 100", "100 chunks of 64 B, pattern", against=("bytes64",)),
+    "change": Bench(
+        "change", "lines -c 2 -m 24 -l 8 -b 2500", "2500 lines of 8 B and bodies of 16 B in turn", against=("gevent", "gevent-join")
+    ),
 }
 
 #: Seconds after which a fixed amount of work has failed, and beyond its own time after which a load has.
@@ -68,18 +78,20 @@ class Failed(Exception):
 
 
 class Server:
-    """An echo server in a process of its own, on the first CPU."""
+    """An echo server in a process of its own, on the first CPU: ours, that of a peer, or ours in another mode, named so."""
 
     def __init__(self, name, mode):
         self.name = name
         self.port = free_port()
-        script = [HERE / "echo_server.py"] if name == OURS else [HERE / "peers.py", name]
+        script = [HERE / "peers.py", name, mode] if name in PEERS else [HERE / "echo_server.py", mode if name == OURS else name]
         path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+        # A file and not a pipe: nobody reads what it says there before it fails, and a full pipe would stop it.
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, script), mode, str(self.port)],
+            [sys.executable, *map(str, script), str(self.port)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             env={**os.environ, "PYTHONPATH": path},
         )
         pin(self.process, 0)
@@ -90,12 +102,15 @@ class Server:
     def __exit__(self, *exc_info):
         self.process.kill()
         self.process.communicate()
+        self.errors.close()
 
     def wait_until_ready(self):
         ready, _, _ = select.select([self.process.stdout], [], [], GRACE)
         if not ready or b"READY" not in self.process.stdout.readline():
             self.process.kill()
-            last_words = self.process.stderr.read().decode().strip().splitlines() or ["it never said that it is ready"]
+            self.process.wait()
+            self.errors.seek(0)
+            last_words = self.errors.read().decode().strip().splitlines() or ["it never said that it is ready"]
             raise Failed(f"{self.name} did not start: {last_words[-1]}")
 
     def cpu_seconds(self):
@@ -201,7 +216,7 @@ def run_bench(name, names, rounds, seconds, complain):
 
 
 def print_table(table, peers):
-    """Print our rates and, against each peer, the ratios of the medians and of the best work per CPU second."""
+    """Print our rates and, against each of `peers`, the ratios of the medians and of the best work per CPU second."""
     width = max(len(f"{name}: {BENCHES[name].about}") for name in table)
     print(f"\n{'':{width}}  {OURS:>22}" + "".join(f"  {'/ ' + peer:>17}" for peer in peers))
     print(f"{'':{width}}  {'':>22}" + f"  {'rate':>8} {'per CPU':>8}" * len(peers))
@@ -213,11 +228,18 @@ def print_table(table, peers):
             theirs = results.get(peer)
             rates = cpus = "-"
             if ours and theirs:
-                rates = f"{statistics.median(one.rate for one in ours) / statistics.median(one.rate for one in theirs):.2f}"
+                if middle := statistics.median(one.rate for one in theirs):
+                    rates = f"{statistics.median(one.rate for one in ours) / middle:.2f}"
                 if best := max(one.per_cpu for one in theirs):
                     cpus = f"{max(one.per_cpu for one in ours) / best:.2f}"
             line += f"  {rates:>8} {cpus:>8}"
         print(line)
+
+
+def print_tables(table, peers):
+    """Print one table for the peers that were asked for, and one for each company that some benches keep to themselves."""
+    for company in dict.fromkeys(BENCHES[name].against for name in table):
+        print_table({name: results for name, results in table.items() if BENCHES[name].against == company}, company or peers)
     print("\nMore than 1.00: we do more, or take more memory. Only compare within one run.")
 
 
@@ -239,8 +261,8 @@ def main():
     complaints, table = [], {}
     for name in benches:
         print(f"{name} ...", flush=True)
-        table[name] = run_bench(name, [OURS, *peers], options.rounds, options.seconds, complaints.append)
-    print_table(table, peers)
+        table[name] = run_bench(name, [OURS, *(BENCHES[name].against or peers)], options.rounds, options.seconds, complaints.append)
+    print_tables(table, peers)
     sys.exit("\n".join(complaints) if complaints else 0)
 
 

@@ -153,10 +153,11 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         *Runs in*: the stream's own greenlet.
         *Socket*: open for "read", closed for "write".
         """
-        self._log(logging.WARNING, "%s", self._limit_text(which), event="timeout")
-        self._shut(CloseReason.TIMED_OUT)
+        error = self._close_error or self._limit_error(which)
+        self._log(logging.WARNING, "%s", error, event="timeout")
+        self._shut(CloseReason.TIMED_OUT, error)
 
-    def _limit_text(self, which: str) -> str:
+    def _limit_error(self, which: str) -> TimeoutError:
         raise NotImplementedError
 
     def handle_read(self, *data: Chunk.args, **none: Chunk.kwargs) -> None:

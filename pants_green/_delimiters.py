@@ -42,11 +42,16 @@ LONGEST_MATCH = 64 * 1024
 
 
 class Splitter(Framer[Any]):
-    """A framer that can cut a whole receive at once, at the speed of C."""
+    """A framer that can cut a whole receive at once, at the speed of C.
+
+    Attributes:
+        count: for one that spreads its chunks, how many elements each has; 0 if they have not all the same.
+    """
 
     __slots__ = ()
 
     splits = True
+    count: int = 0
 
     @abstractmethod
     def split(self, data: bytes) -> tuple[Iterable[Any], bytes]:
@@ -156,15 +161,20 @@ class Fixed(Splitter):
 
 
 class Fields(Splitter):
-    """The fields of a ``struct.Struct``, again and again."""
+    """The fields of a ``struct.Struct``, again and again.
 
-    __slots__ = ("room", "struct")
+    Attributes:
+        count: how many fields there are.
+    """
+
+    __slots__ = ("count", "room", "struct")
 
     spread = True
 
     def __init__(self, struct: Struct) -> None:
         self.struct = struct
         self.room = struct.size
+        self.count = len(struct.unpack(bytes(struct.size)))
 
     def split(self, data: bytes) -> tuple[Iterable[tuple[Any, ...]], bytes]:
         left = len(data) % self.room
@@ -207,7 +217,7 @@ class VariableFields(Framer[tuple[Any, ...]]):
             piece = bytes(memoryview(data)[end : end + found])
             end += found
             found = unpacking.send(piece)
-        return tuple(found), end - len(next(unpacking))
+        return tuple(found), end - len(next(unpacking, b""))
 
 
 # ---- patterns
@@ -284,26 +294,36 @@ class SplitAt(Searched, Splitter):
 
 
 class Matched(Framer[re.Match[bytes]]):
-    """What a pattern matches from the start of each chunk on, as match objects."""
+    """What a pattern matches from the start of each chunk on, as match objects.
 
-    __slots__ = ("pattern",)
+    Args:
+        pattern: a compiled pattern of bytes that never matches the empty string.
+        looks_around: whether it depends on more than the bytes it matches.
+    """
 
-    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+    __slots__ = ("looks_around", "pattern")
+
+    def __init__(self, pattern: re.Pattern[bytes], looks_around: bool) -> None:
         self.pattern = pattern
+        self.looks_around = looks_around
 
     def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[re.Match[bytes], int] | None:
         with memoryview(data) as view, view[start:] as part:
             match = self.pattern.match(part)
             if match is None:
                 return None
-            end = match.end()
+            end = size = match.end()
+            groups = match.regs if self.looks_around else None
             del match
         if not end:
             raise ValueError(f"{self.pattern!r} has matched the empty string")
-        # One that stands on bytes of its own, for the user may keep it; and on no more than its own, if it looks at no more.
-        match = self.pattern.fullmatch(bytes(data[start : start + end])) or self.pattern.match(bytes(data[start:]))
-        assert match is not None
-        return match, start + end
+        # The user gets one that stands on bytes of its own, for he may keep it: on no more than it matches, or than it looks at.
+        # All that has come would do as well, but a copy of it for each of many short chunks is quadratic.
+        while True:
+            match = self.pattern.match(bytes(data[start : start + size]))
+            if match is not None and (groups is None or match.regs == groups):
+                return match, start + end
+            size = 64 + 4 * size
 
 
 def shape(pattern: re.Pattern[bytes]) -> tuple[int, int | None, bool]:
@@ -342,6 +362,9 @@ class Text(Framer[Any]):
             return found
         chunk, end = found
         return self.decode(chunk), end
+
+    def __repr__(self) -> str:
+        return repr(self.framer)
 
 
 class SplitText(Text, Splitter):
@@ -383,34 +406,58 @@ class Incremental(Splitter):
         encoding: of the text.
     """
 
-    __slots__ = ("_decoder", "encoding")
+    __slots__ = ("_decoder", "_state", "encoding")
 
     def __init__(self, encoding: str) -> None:
         self.encoding = encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
+        #: What the decoder knows of the encoding, such as the byte order, from the text that was handed out.
+        self._state = self._decoder.getstate()[1]
 
     def fresh(self) -> "Incremental":
         """Return one for another stream."""
         return Incremental(self.encoding)
 
-    def _decode(self, data: bytes) -> tuple[str, bytes]:
-        """Return the text, and the bytes of the character that is not complete."""
-        text = self._decoder.decode(data)
-        pending, state = self._decoder.getstate()
-        # What is not complete waits with the stream and comes again; the decoder keeps only what it knows of the encoding.
-        self._decoder.setstate((b"", state))
-        return text, pending
+    def _decode(self, data: bytes) -> tuple[str, bytes, UnicodeDecodeError | None]:
+        """Return the text, the bytes behind it, and what is wrong with these. Where nothing is text that is raised at once."""
+        decoder = self._decoder
+        wrong, behind = None, b""
+        try:
+            text = decoder.decode(data)
+        except UnicodeDecodeError as error:
+            # What stands in front of it is text all the same, as it would be had it come earlier.
+            decoder.setstate((b"", self._state))
+            good = len(data) - len(error.object) + error.start
+            text = decoder.decode(data[:good])
+            if not text:
+                raise
+            wrong, behind = error, data[good:]
+        pending, state = decoder.getstate()
+        # What is not complete waits with the stream and comes again; the decoder keeps only what it knows of the encoding. And
+        # not even that if there is no text: then all of it comes again, a byte order mark, too.
+        if text:
+            self._state = state
+            behind = pending + behind
+        else:
+            behind = data
+        decoder.setstate((b"", self._state))
+        return text, behind, wrong
 
     def split(self, data: bytes) -> tuple[Iterable[str], bytes]:
-        text, pending = self._decode(data)
-        return iter((text,) if text else ()), pending
+        text, rest, wrong = self._decode(data)
+        return iter((text,) if text else ()) if wrong is None else self._and_then_raise(text, wrong), rest
+
+    @staticmethod
+    def _and_then_raise(text: str, wrong: UnicodeDecodeError) -> Iterator[str]:
+        yield text
+        raise wrong
 
     def unsplit(self, batch: Iterator[str], rest: bytes) -> bytes:
         return rest  # there is one chunk, and it is taken
 
     def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[str, int] | None:
-        text, pending = self._decode(bytes(data[start:]))
-        return (text, len(data) - len(pending)) if text else None
+        text, rest, _ = self._decode(bytes(data[start:]))
+        return (text, len(data) - len(rest)) if text else None
 
 
 def check_encoding(name: str, encoding: Any) -> str | None:
@@ -420,9 +467,9 @@ def check_encoding(name: str, encoding: Any) -> str | None:
     if not isinstance(encoding, str):
         raise TypeError(f"{name} is the name of a text encoding, such as 'utf-8', or None, not {encoding!r}")
     try:
-        b"".decode(encoding)
+        "a".encode(encoding)  # which tells an encoding of text from the others; nothing to encode would tell nothing
         codecs.getincrementaldecoder(encoding)
-    except LookupError as error:
+    except (LookupError, ValueError) as error:
         raise ValueError(f"{name} is {encoding!r}: {error}; give the name of a text encoding, such as 'utf-8'") from None
     return encoding
 
@@ -489,8 +536,9 @@ def _encoded(delimiter: str, encoding: str | None) -> bytes:
     if encoding is not None and "\n".encode(encoding) != b"\n":
         hint = "a delimiter can be found among bytes only in an encoding of which ASCII is a part; give bytes, a number, or a Framer"
         raise ReadDelimiterValueError(f"read_delimiter is {delimiter!r} and encoding is {encoding!r}: {hint}")
+    encoding = encoding or "utf-8"
     try:
-        return delimiter.encode(encoding or "utf-8")
+        return delimiter.encode(encoding)
     except UnicodeEncodeError as error:
         raise ReadDelimiterValueError(f"read_delimiter is {delimiter!r}, which {encoding} cannot encode: {error.reason}") from None
 
@@ -502,7 +550,7 @@ def _pattern_framer(pattern: re.Pattern[Any], encoding: str | None, regex_search
     if not least:
         raise ReadDelimiterValueError(f"read_delimiter is {pattern!r}, which can match the empty string, and so everywhere")
     if not regex_search:
-        return Matched(pattern)
+        return Matched(pattern, looks_around)
     if looks_around:
         return Searched(pattern) if encoding is None else Text(Searched(pattern), encoding)
     return SplitAt(pattern, most) if encoding is None else SplitText(SplitAt(pattern, most), encoding)
@@ -514,13 +562,26 @@ def _bytes_pattern(pattern: re.Pattern[str], encoding: str | None) -> re.Pattern
         hint = f"give one of bytes, re.compile({pattern.pattern.encode()!r}), or set encoding"
         raise ReadDelimiterTypeError(f"read_delimiter is {pattern!r}, a pattern of str, but bytes are what arrives; {hint}")
     single = codecs.lookup(encoding).name == "iso8859-1"
-    if "az09;".encode(encoding) != b"az09;" or not (single or pattern.pattern.isascii()):
+    # An ASCII pattern can say "\\xe9", too, which is one byte only in latin-1.
+    ascii_only = pattern.pattern.isascii() and not _beyond_ascii(pattern_parser.parse(pattern.pattern, pattern.flags))
+    if "az09;".encode(encoding) != b"az09;" or not (single or ascii_only):
         hint = "give an ASCII pattern, and an encoding of which ASCII is a part"
         raise ReadDelimiterValueError(f"read_delimiter is {pattern!r}, which cannot be searched for in {encoding}; {hint}")
     try:
         return re.compile(pattern.pattern.encode("latin-1"), pattern.flags & ~re.UNICODE)
     except (re.error, UnicodeEncodeError) as error:
         raise ReadDelimiterValueError(f"read_delimiter is {pattern!r}, which has no counterpart of bytes: {error}") from None
+
+
+def _beyond_ascii(parsed: Any) -> bool:
+    """Tell whether a parsed pattern names a character outside of ASCII."""
+    if isinstance(parsed, tuple) and len(parsed) == 2:
+        kind, value = parsed
+        if kind is pattern_parser.LITERAL or kind is pattern_parser.NOT_LITERAL:
+            return bool(value > 127)
+        if kind is pattern_parser.RANGE:
+            return bool(value[1] > 127)
+    return isinstance(parsed, (pattern_parser.SubPattern, list, tuple)) and any(_beyond_ascii(part) for part in parsed)
 
 
 def _no_such_kind(delimiter: Any) -> ReadDelimiterTypeError:

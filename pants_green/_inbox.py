@@ -93,9 +93,12 @@ class Inbox:
         if len(data) - start < self.wanted or not data:
             return NOTHING
         found = framer.find(data, start, self.searched)
-        if found.__class__ is not tuple:
+        if found.__class__ is not tuple and not isinstance(found, tuple):
+            if found is not None and not isinstance(found, int):
+                hint = "it returns (chunk, end), the number of bytes it needs at least, or None"
+                raise TypeError(f"{framer!r}.find() returned {found!r}; {hint}")
             self.searched = len(data) - start
-            self.wanted = found or 0  # type: ignore[assignment]
+            self.wanted = found or 0
             self._compact()
             return NOTHING
         chunk, end = found

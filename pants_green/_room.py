@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from gevent.event import Event
 from greenlet import getcurrent
 
-from pants_green._lifecycle import READ_ONLY
+from pants_green._lifecycle import DRAINING, READ_ONLY
 from pants_green._pool import Worker
-from pants_green.errors import StreamBufferOverflow
+from pants_green.errors import ChannelClosed, StreamBufferOverflow
 
 if TYPE_CHECKING:
     from pants_green.stream import Stream
 
-__all__ = ["next_mark", "overflow_of", "tell", "wait_for_room", "wait_for_room_to_write"]
+__all__ = ["next_mark", "overflow_of", "tell", "wait_for_room", "wrote_much"]
 
 
 def wait_for_room(stream: "Stream[...]", mark: int, alarm: Any = None) -> None:
@@ -28,24 +28,44 @@ def wait_for_room(stream: "Stream[...]", mark: int, alarm: Any = None) -> None:
         alarm: something whose `rang` ends the wait, too; it has to alert the stream.
     """
     if getcurrent() is stream._greenlet:
-        while stream._pending > mark and stream._socket is not None and not (alarm and alarm.rang):
-            stream._own_mark = mark
+        while stream._pending > mark and _own_may_wait(stream) and not (alarm and alarm.rang):
+            _own_wait(stream, mark)
+    else:
+        _wait_in_line(stream, mark, mark)
+
+
+def _own_may_wait(stream: "Stream[...]") -> bool:
+    # Not after end(): then this greenlet has to read and discard, or a peer that is still writing would lock both.
+    return stream._socket is not None and (stream._state is not DRAINING or stream._peer_ended)
+
+
+def _own_wait(stream: "Stream[...]", mark: int) -> None:
+    """Wait in the stream's own greenlet until the outbox has come down to `mark`, or something is posted."""
+    stream._own_mark = mark
+    stream._room_at = max(stream._room_at, mark)
+    try:
+        stream._wait()
+    finally:
+        stream._own_mark = -1
+        stream._room_at = next_mark(stream)
+
+
+def _wait_in_line(stream: "Stream[...]", mark: int, enough: int) -> None:
+    """Wait in another greenlet until the outbox has come down to `mark`, and if others were quicker, on in the same place.
+
+    Args:
+        enough: so many bytes may be pending when this one's turn comes.
+    """
+    waiter = (mark, Event())
+    stream._drainers = (*stream._drainers, waiter)
+    try:
+        while stream._pending > enough and stream._socket is not None:
             stream._room_at = max(stream._room_at, mark)
-            try:
-                stream._wait()
-            finally:
-                stream._own_mark = -1
-                stream._room_at = next_mark(stream)
-        return
-    while stream._pending > mark and stream._socket is not None:
-        waiter = (mark, Event())
-        stream._drainers = (*stream._drainers, waiter)
-        stream._room_at = max(stream._room_at, mark)
-        try:
+            waiter[1].clear()
             waiter[1].wait()
-        finally:
-            stream._drainers = tuple(one for one in stream._drainers if one is not waiter)
-            stream._room_at = next_mark(stream)
+    finally:
+        stream._drainers = tuple(one for one in stream._drainers if one is not waiter)
+        stream._room_at = next_mark(stream)
 
 
 def next_mark(stream: "Stream[...]") -> int:
@@ -68,27 +88,51 @@ def tell(stream: "Stream[...]") -> None:
             event.set()
 
 
-def wait_for_room_to_write(stream: "Stream[...]", size: int) -> bool:
-    """A write of `size` bytes would begin above `write_limit`: wait for room, or do what `overflow` says.
+def wrote_much(stream: "Stream[...]", data: bytes) -> None:
+    """More is pending than `high_water`, or `write_limit`, after `data` was added: see who did it, and whether it may stay.
 
-    Returns:
-        whether to look again; False if the write is dropped.
+    Raises:
+        ChannelClosed: the stream was closed while this waited for room.
     """
-    stream._flush_all()
-    if stream._pending < stream._write_limit:
-        return True
     current = getcurrent()
-    engine = stream._engine
-    foreign = isinstance(current, Worker) and current is not stream._greenlet
-    if current is engine._hub or (foreign and stream._overflow != "wait"):
-        if stream._overflow == "drop":
-            stream.writes_dropped += 1
-            stream._log(logging.DEBUG, "a write of %d bytes was dropped", size, event="write_dropped")
-        elif stream._socket is not None:
-            stream._overfull()
-        return False
-    wait_for_room(stream, min(stream._high_water, stream._write_limit - 1))
-    return True
+    own = current is stream._greenlet
+    limit = stream._write_limit
+    if stream._pending - len(data) < limit:  # one write may always exceed it
+        if own:
+            stream._own_output += 1
+        return
+    # Taken out again, which is last in the outbox, before anybody else can run.
+    items = stream._outbox.items
+    items.pop()
+    stream._pending -= len(data)
+    stream._flush_all()
+    if stream._pending >= limit:
+        foreign = isinstance(current, Worker) and not own
+        if current is stream._engine._hub or (foreign and stream._overflow != "wait"):
+            _refuse(stream, data)
+            return
+        mark = min(stream._high_water, limit - 1)
+        if own:
+            while stream._pending >= limit and _own_may_wait(stream):
+                _own_wait(stream, mark)
+        else:
+            _wait_in_line(stream, mark, limit - 1)
+        if not stream._state.writable:
+            closed = ChannelClosed(f"write() on {stream!r}: it ended while this waited for room ({stream._close_reason})", stream)
+            closed._raised_by_read = own
+            raise closed
+    if not stream._state.writable:
+        stream._refuse("write()")
+    stream.write(data)
+
+
+def _refuse(stream: "Stream[...]", data: bytes) -> None:
+    """Do with a write for which there is no room what `overflow` says."""
+    if stream._overflow == "drop":
+        stream.writes_dropped += 1
+        stream._log(logging.DEBUG, "a write of %d bytes was dropped", len(data), event="write_dropped")
+    elif stream._socket is not None:
+        stream._overfull()
 
 
 def overflow_of(stream: "Stream[...]") -> StreamBufferOverflow:

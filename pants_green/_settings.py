@@ -72,24 +72,32 @@ class SettingsType(ABCMeta):
             value = settings[name].redefined(cls, value)
         elif name == "__hash__" and value is None:
             value = object.__hash__  # a dataclass, say, takes the hash away; but channels are kept in sets
-        before = vars(cls).get(name)
+        before = vars(cls).get(name, cls)
         super().__setattr__(name, value)
         if name in settings or name in cls._watched:
-            try:
-                cls._settle()
-            except BaseException:
-                # It does not go with the other settings, of this class or of a subclass: everything is as it was.
-                if before is None:
-                    super().__delattr__(name)
-                else:
-                    super().__setattr__(name, before)
-                cls._settle()
-                raise
+            cls._settle_or_undo(name, before)
 
     def __delattr__(cls, name: str) -> None:
+        before = vars(cls).get(name, cls)
         super().__delattr__(name)
         if name in cls._settings or name in cls._watched:
+            cls._settle_or_undo(name, before)
+
+    def _settle_or_undo(cls, name: str, before: Any) -> None:
+        """Settle after a change; if it does not go with the other settings, of this class or of a subclass, take it back.
+
+        Args:
+            before: what the class itself said of `name` before; the class if it said nothing.
+        """
+        try:
             cls._settle()
+        except BaseException:
+            if before is not cls:
+                super().__setattr__(name, before)
+            elif name in vars(cls):
+                super().__delattr__(name)
+            cls._settle()
+            raise
 
     def _settle(cls) -> None:
         """Make a setting of everything that this class, or a mixin of it, says of one; then see to the subclasses."""
@@ -101,11 +109,12 @@ class SettingsType(ABCMeta):
             if not isinstance(nearest, Setting):
                 found[name] = setting.redefined(cls, nearest)
                 super().__setattr__(name, found[name])
-        super().__setattr__("_settings", found)
         cls._settled()
+        super().__setattr__("_settings", found)
         subclasses: list[Any] = cls.__subclasses__()
         for subclass in subclasses:
-            subclass._settle()
+            if "_settings" in vars(subclass):  # else its own making was refused, and it only waits for the garbage collector
+                subclass._settle()
 
     def _settled(cls) -> None:
         """Called when the settings of the class are known or have changed."""
@@ -126,9 +135,12 @@ def seconds(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number of seconds, or None for no limit, not {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r}")
-    return value
+    try:
+        if math.isfinite(value) and value > 0:
+            return value
+    except OverflowError:
+        pass  # an int that no float can hold
+    raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r:.100}")
 
 
 def truth(name: str, value: Any) -> bool:

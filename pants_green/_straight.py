@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from greenlet import getcurrent
 
 from pants_green._address import NOT_GIVEN
-from pants_green._delimiters import framer_for
+from pants_green._delimiters import Incremental, framer_for
 from pants_green._inbox import NOTHING
-from pants_green._lifecycle import CLOSED, DRAINING, OPEN, READ_ONLY
+from pants_green._lifecycle import CONNECTING, NEW, OPEN, READ_ONLY
 from pants_green._room import wait_for_room
 from pants_green._settings import seconds
-from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST
+from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, TURN
 from pants_green.errors import ChannelClosed, ChannelStateError, ReadTimeout, StreamBufferOverflow
 from pants_green.framing import Framer
 
@@ -25,6 +25,9 @@ __all__ = ["read"]
 #: Bytes that a receive of ours takes at most; more than one chunk is rarely wanted at a time.
 RECEIVE_MOST = 64 * KIB
 
+#: The states in which anything is received.
+READABLE = (OPEN, READ_ONLY)
+
 
 def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     """Return one chunk; see `Stream.read`."""
@@ -35,6 +38,8 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     inbox = stream._inbox
     # What the batch still holds comes first. From now on chunks are found one by one, so that the outer loop and this one can
     # take turns.
+    if stream._limits is not None:
+        stream._limits.end("read")
     inbox.put_back(stream._framer)
     inbox.forget_search()
     stream._attention = INTERRUPTED  # the outer loop has to notice
@@ -45,86 +50,109 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
 
 
 def _framer(stream: "Stream[...]", delimiter: Any) -> Framer[Any] | None:
+    framer: Framer[Any] | None
     if delimiter is NOT_GIVEN or (delimiter is None and stream._read_delimiter is None):
-        framer: Framer[Any] | None = stream._framer
-        return framer
-    return framer_for(delimiter, stream._encoding, stream._regex_search)
+        framer = stream._framer
+    elif delimiter is None and stream._decoder is not None and stream._decoder.encoding == stream._encoding:
+        framer = stream._decoder
+    else:
+        framer = framer_for(delimiter, stream._encoding, stream._regex_search)
+        if isinstance(framer, Incremental):
+            stream._decoder = framer  # it knows what the text so far has told of the encoding
+    return framer
 
 
 def _check_place(stream: "Stream[...]") -> None:
+    if stream._state is NEW or stream._state is CONNECTING:
+        raise ChannelStateError(f"read() on {stream!r}: it is not connected yet; call it in on_connect or on_read")
     if getcurrent() is not stream._greenlet:
         raise ChannelStateError(
             f"read() on {stream!r} outside of its callbacks; call it in on_connect or on_read of this very stream, or keep what "
             "on_read gets where you need it"
         )
-    if stream._told or stream._state not in (OPEN, READ_ONLY, DRAINING, CLOSED):
+    if stream._told or stream._peer_ended:
         raise ChannelStateError(f"read() on {stream!r}, of which nothing more is read; on_end gets what no delimiter completed")
 
 
 def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | None) -> Any:
-    inbox = stream._inbox
     with _Alarm(stream, timeout) as alarm:
+        # As in the read loop nothing is received while what was written since the last receive is too much.
+        too_much = 0 <= stream._own_seen < stream._own_output and stream._pending > stream._high_water
         # Mostly the last receive was a short one, after which a receive would only meet EAGAIN: wait first.
         may_receive = timeout == 0
+        turn_began = 0.0
         while True:
-            if stream._state is not OPEN and stream._state is not READ_ONLY:
-                _leave(stream, "it was closed")
-            try:
-                chunk = inbox.next(framer)
-            except Exception as error:
-                stream._input_senseless(error)
-                _leave(stream, "its input made no sense", error)
+            chunk = _find(stream, framer)
             if chunk is not NOTHING:
+                stream._own_seen = stream._own_output
                 return chunk
-            _check_overflow(stream, framer)
-            if alarm.rang and not may_receive:
-                raise ReadTimeout(f"read() on {stream!r}: no whole chunk came within {timeout:g} seconds")
-            if stream._pending > stream._high_water and stream._pending > stream._read_owed and not alarm.rang:
-                # What was written since the last receive is too much: as in the read loop, nothing is received meanwhile.
+            if too_much:
+                too_much = False
                 wait_for_room(stream, min(stream._low_water, stream._high_water), alarm)
-                stream._read_owed = stream._pending
-            elif may_receive:
-                may_receive = _receive(stream)
-            else:
+                continue
+            received = _receive(stream) if may_receive else 0
+            while not received and stream._state in READABLE:
+                if alarm.rang:
+                    raise ReadTimeout(f"read() on {stream!r}: no whole chunk came within {timeout:g} seconds")
                 stream._wait(stream._reader)
-                may_receive = True
+                turn_began = 0.0
+                received = _receive(stream)
+            may_receive = False
+            if received == stream._receive_size:
+                if received < RECEIVE_MOST:
+                    stream._receive_size = received * 4
+                now = stream._engine._clock()
+                turn_began = turn_began or now
+                may_receive = now - turn_began < TURN
+            elif received < KIB:
+                stream._receive_size = RECEIVE_LEAST
 
 
-def _receive(stream: "Stream[...]") -> bool:
-    """Receive once; return whether there may be more."""
-    size = stream._receive_size
+def _find(stream: "Stream[...]", framer: Framer[Any] | None) -> Any:
+    """Take a chunk that is complete, or return NOTHING."""
+    if stream._state not in READABLE:
+        _leave(stream, "it was closed")
+    inbox = stream._inbox
     try:
-        data = stream._recv(size)
+        chunk = inbox.next(framer)
+    except StreamBufferOverflow as error:
+        error._raised_by_read = True
+        raise
+    except Exception as error:
+        stream._input_senseless(error)
+        _leave(stream, "its input made no sense", error)
+    if chunk is NOTHING:
+        waiting = max(len(inbox), inbox.wanted)
+        allowed = stream._buffer_size if framer is None else max(stream._buffer_size, framer.room)
+        if waiting > allowed:
+            message = f"read() on {stream!r}: {waiting} bytes wait for their delimiter; buffer_size allows {allowed}"
+            overflow = StreamBufferOverflow(message, waiting, allowed)
+            overflow._raised_by_read = True
+            raise overflow
+    return chunk
+
+
+def _receive(stream: "Stream[...]") -> int:
+    """Receive once, if there is anything; return how many bytes that was."""
+    if stream._state not in READABLE:
+        return 0
+    try:
+        data = stream._recv(stream._receive_size)
     except BlockingIOError:
-        return False
+        return 0
     except OSError as error:
         stream._input_failed(error)
         _leave(stream, "the connection broke", error)
     if not data:
-        _leave(stream, "the peer has ended its side")
-    stream._read_owed = stream._pending
+        _leave(stream, "the peer has ended its side", at_end=True)
     stream._inbox.append(data)
-    full = len(data) == size
-    if full and size < RECEIVE_MOST:
-        stream._receive_size = size * 4
-    elif len(data) < KIB:
-        stream._receive_size = RECEIVE_LEAST
-    return full
+    return len(data)
 
 
-def _check_overflow(stream: "Stream[...]", framer: Framer[Any] | None) -> None:
-    waiting = max(len(stream._inbox), stream._inbox.wanted)
-    allowed = stream._buffer_size if framer is None else max(stream._buffer_size, framer.room)
-    if waiting > allowed:
-        message = f"read() on {stream!r}: {waiting} bytes wait for their delimiter; buffer_size allows {allowed}"
-        overflow = StreamBufferOverflow(message, waiting, allowed)
-        overflow._raised_by_read_of = stream
-        raise overflow
-
-
-def _leave(stream: "Stream[...]", why: str, cause: BaseException | None = None) -> NoReturn:
+def _leave(stream: "Stream[...]", why: str, cause: BaseException | None = None, *, at_end: bool = False) -> NoReturn:
     closed = ChannelClosed(f"read() on {stream!r}: {why}", stream)
-    closed._raised_by_read_of = stream
+    closed._raised_by_read = True
+    closed._at_end = at_end
     raise closed from cause
 
 

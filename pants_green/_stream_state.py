@@ -22,10 +22,13 @@ from pants_green.framing import Framer
 if TYPE_CHECKING:
     from pants_green.server import Server
 
-__all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "StreamState"]
+__all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "TURN", "StreamState"]
 
 KIB = 1024
 MIB = 1024 * KIB
+
+#: How many framers of delimiters that were set are kept at hand.
+LATELY = 256
 
 #: Bytes of the smallest receive, with which a stream begins.
 RECEIVE_LEAST = 4 * KIB
@@ -34,19 +37,75 @@ RECEIVE_LEAST = 4 * KIB
 #: posted, the end of reading. Else it is None, so that the hot loop has one check per chunk.
 INTERRUPTED: Any = type("Interrupted", (), {"__slots__": (), "__repr__": lambda self: "<interrupted>"})()
 
+#: Seconds for which a stream that fills every receive goes on before the others get their turn. Shorter turns are fairer
+#: and slower, for each stream finds its data gone from the cache: bulk 1.49 of raw gevent without any limit, 1.41 with
+#: this one, 0.83 with 1 ms.
+TURN = 0.01
+
 #: What stands in the place of the outbox's list while nothing may be written.
 REFUSED: Any = ()
 
 
-class Cut(Setting[Any]):
-    """A setting that has to do with how the input is cut; setting it takes effect with the very next chunk."""
+class ReadDelimiter(Setting[Any]):
+    """What ends a chunk; setting it takes effect with the very next one."""
+
+    #: Framers of bytes and sizes that were used lately, by both.
+    lately: ClassVar[dict[Any, Framer[Any]]] = {}
 
     def __set__(self, instance: Any, value: Any) -> None:
-        current = getattr(instance, self.slot)
-        if value is current or (type(value) is type(current) and value == current):
-            return
-        changed = {self.slot: self.check(f"{type(instance).__name__}.{self.name}", value)}
-        instance._cut_by(**changed)
+        if type(value) is int or type(value) is bytes:
+            # Some protocols change it for each chunk: this way that is 5 times as quick.
+            framer = self.lately.get(value)
+            inbox = instance._inbox
+            if framer is not None and inbox.one_by_one and not instance._waiting and instance._encoding is None:
+                instance._read_delimiter = value
+                instance._framer = framer
+                inbox.searched = inbox.wanted = 0
+                return
+        current = instance._read_delimiter
+        if value is not current and (type(value) is not type(current) or value != current):
+            instance._cut_by(value, instance._encoding, instance._regex_search)
+            instance._read_delimiter = value
+            if (type(value) is int or type(value) is bytes) and instance._encoding is None:
+                if len(self.lately) >= LATELY:
+                    self.lately.clear()
+                self.lately[value] = instance._framer
+
+
+class Encoding(Setting[str | None]):
+    """Into what chunks are decoded; takes effect with the very next one."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        value = self.check(f"{type(instance).__name__}.{self.name}", value)
+        if value != instance._encoding:
+            instance._cut_by(instance._read_delimiter, value, instance._regex_search)
+            instance._encoding = value
+
+
+class RegexSearch(Setting[bool]):
+    """How a pattern is used; takes effect with the very next chunk."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        value = self.check(f"{type(instance).__name__}.{self.name}", value)
+        if value is not instance._regex_search:
+            instance._cut_by(instance._read_delimiter, instance._encoding, value)
+            instance._regex_search = value
+
+
+class Mark(Setting[int]):
+    """Bytes in the outbox above which something happens."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._mark = min(instance._high_water, instance._write_limit)
+
+
+class TimeLimit(Setting[float | None]):
+    """Seconds; what runs already runs anew."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._limit_changed(self.name.removesuffix("_timeout"))
 
 
 def _unchecked(name: str, value: Any) -> Any:
@@ -54,9 +113,9 @@ def _unchecked(name: str, value: Any) -> Any:
     return value
 
 
-def _framer_of(owner: type, *cut: Any) -> Framer[Any] | None:
+def _framer_of(owner: type, delimiter: Any, encoding: str | None, regex_search: bool) -> Framer[Any] | None:
     try:
-        return framer_for(*cut)
+        return framer_for(delimiter, encoding, regex_search)
     except InvalidReadDelimiterError as error:
         raise type(error)(f"{owner.__name__}: {error}") from None
 
@@ -74,8 +133,10 @@ class StreamState(StreamCallbacks[Chunk]):
         "_key",
         "_limits",
         "_low_water",
+        "_mark",
         "_out",
         "_outbox",
+        "_own_output",
         "_paused",
         "_peer_ended",
         "_pending",
@@ -102,31 +163,31 @@ class StreamState(StreamCallbacks[Chunk]):
     #: many bytes. A compiled pattern: see `regex_search`. A ``struct.Struct``, or a NetStruct: its fields are the arguments of
     #: ``on_read``. A Framer of ``pants_green.framing``. On the class or on an instance; in a callback it holds from the next
     #: chunk on.
-    read_delimiter = Cut(None, _unchecked)
+    read_delimiter = ReadDelimiter(None, _unchecked)
 
     #: Whether a pattern is searched for, and ``on_read`` gets what is before it; else it has to match from the start of the
     #: chunk on, and ``on_read`` gets the match object. A match is taken as soon as there is one: let a pattern end in something
     #: that cannot go on (``\\r?\\n``, not ``\\n+``), for what comes next may not have arrived.
-    regex_search = Cut(True, truth)
+    regex_search = RegexSearch(True, truth)
 
     #: The encoding of the text that ``on_read`` gets instead of bytes, such as ``"utf-8"``; None: bytes. Each chunk is cut as
     #: bytes and then decoded whole; a str delimiter, and what ``write()`` gets as str, are encoded.
-    encoding = Cut(None, check_encoding)
+    encoding = Encoding(None, check_encoding)
 
     #: Bytes that may wait for their delimiter; more are an overflow. A delimiter that tells how large its chunks may be raises
     #: it to that.
     buffer_size: Setting[int] = Setting(64 * KIB, byte_count)
 
     #: Seconds that a chunk may take from its first byte to its last; None: no limit. See ``on_timeout``.
-    read_timeout: Setting[float | None] = Setting(None, seconds)
+    read_timeout: Setting[float | None] = TimeLimit(None, seconds)
 
     #: Bytes in the outbox above which a stream whose callbacks answer input by output stops reading, and ``drain()`` waits;
     #: and those down to which it has to come for it to read on.
-    high_water: Setting[int] = Setting(256 * KIB, byte_count)
+    high_water: Setting[int] = Mark(256 * KIB, byte_count)
     low_water: Setting[int] = Setting(64 * KIB, byte_count)
 
     #: Bytes in the outbox from which on nothing is added to it, but for a single write that begins below.
-    write_limit: Setting[int] = Setting(16 * MIB, byte_count)
+    write_limit: Setting[int] = Mark(16 * MIB, byte_count)
 
     #: What becomes of a ``write()`` above `write_limit`. One made by the stream's own callbacks, or by a greenlet of yours,
     #: waits for room in any case. For callbacks of other channels and timers, "close": the stream is closed, see
@@ -134,7 +195,7 @@ class StreamState(StreamCallbacks[Chunk]):
     overflow: Setting[str] = Setting("close", one_of("close", "drop", "wait"))
 
     #: Seconds for which the peer may take none of the pending output; None: no limit. See ``on_timeout``.
-    write_timeout: Setting[float | None] = Setting(60.0, seconds)
+    write_timeout: Setting[float | None] = TimeLimit(60.0, seconds)
 
     #: How many writes were dropped, for `overflow` is "drop".
     writes_dropped: int = 0
@@ -154,7 +215,11 @@ class StreamState(StreamCallbacks[Chunk]):
 
     # What few streams need; it has no slot either, which every stream would have to fill.
     _own_mark = -1
-    _read_owed: float = float("inf")
+    #: Of `_own_output`, what the latest ``read()`` of this callback has seen; -1 if there was none.
+    _own_seen = -1
+    #: Bytes that were dropped when the stream was closed.
+    _unsent = 0
+    _decoder: Incremental | None = None
     _drainers: Any = ()
 
     @classmethod
@@ -167,7 +232,7 @@ class StreamState(StreamCallbacks[Chunk]):
         plain = not (one_by_one or (framer is not None and framer.spread))
         write_heard = cls.on_write is not StreamCallbacks.on_write or cls.handle_write is not StreamCallbacks.handle_write
         end_heard = cls.on_end is not StreamCallbacks.on_end
-        sizes = (cls.buffer_size, cls.high_water, cls.low_water, cls.write_limit)
+        sizes = (cls.buffer_size, cls.high_water, cls.low_water, cls.write_limit, min(cls.high_water, cls.write_limit))
         cls._initial = (delimiter, framer, *sizes, cls.read_timeout, write_heard, end_heard, one_by_one, plain, own)
         # What few streams set has no slot: it is looked up on the class.
         cls._regex_search = cls.regex_search
@@ -187,6 +252,7 @@ class StreamState(StreamCallbacks[Chunk]):
             self._high_water,
             self._low_water,
             self._write_limit,
+            self._mark,
             self._read_timeout,
             self._write_heard,
             self._end_heard,
@@ -205,6 +271,7 @@ class StreamState(StreamCallbacks[Chunk]):
         self._peer_ended = False
         self._outbox = Outbox()
         self._pending = 0
+        self._own_output = 0
         self._attention: Any = None
         self._out: Any = REFUSED
         self._sending = False
@@ -272,12 +339,9 @@ class StreamState(StreamCallbacks[Chunk]):
         if self._server is not None:
             self._server._place(self, state)
 
-    def _cut_by(self, **changed: Any) -> None:
-        """Take another delimiter, encoding or search, given by the name of its slot, from the next chunk on."""
-        cut = {"_read_delimiter": self._read_delimiter, "_encoding": self._encoding, "_regex_search": self._regex_search, **changed}
-        framer = _framer_of(type(self), *cut.values())
-        for slot, value in changed.items():
-            setattr(self, slot, value)
+    def _cut_by(self, delimiter: Any, encoding: str | None, regex_search: bool) -> None:
+        """Cut the input in another way, from the next chunk on."""
+        framer = _framer_of(type(self), delimiter, encoding, regex_search)
         inbox = self._inbox
         if not inbox.one_by_one:  # else the delimiter is looked up for each chunk anyway
             self._attention = INTERRUPTED

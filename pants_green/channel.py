@@ -18,7 +18,16 @@ from pants_green.errors import ChannelClosed, ChannelStateError
 __all__ = ["Channel"]
 
 #: Reasons of closing that are the peer's doing: a write() that comes too late for them is nobody's mistake.
-PEER_DOING = frozenset({CloseReason.PEER_ENDED, CloseReason.PEER_LEFT})
+PEER_DOING = frozenset(
+    {
+        CloseReason.PEER_ENDED,
+        CloseReason.PEER_LEFT,
+        CloseReason.IO_ERROR,
+        CloseReason.BAD_INPUT,
+        CloseReason.OVERFLOW,
+        CloseReason.TIMED_OUT,
+    }
+)
 
 #: What a greenlet is that has been asked for but does not run yet.
 STARTING: Any = object()

@@ -35,8 +35,11 @@ __all__ = [
 class PantsError(Exception):
     """The root of everything below."""
 
-    #: The stream whose ``read()`` raised it: then it is the world's mistake, although it is raised.
-    _raised_by_read_of: object = None
+    #: Whether a ``read()``, or a ``write()`` that waited, raised it: then it is the world's mistake, although it is raised.
+    _raised_by_read: bool = False
+
+    #: Whether it did so because the peer had ended its side.
+    _at_end: bool = False
 
 
 class ChannelStateError(PantsError, RuntimeError):

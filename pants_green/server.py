@@ -15,6 +15,7 @@ from greenlet import getcurrent
 from pants_green import _sockets
 from pants_green import stream as stream_module
 from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
+from pants_green._callbacks import Chunk
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError
@@ -377,7 +378,7 @@ class Channels(dict[int, Stream]):
         return iter(self.items())
 
 
-class Connection(Stream):
+class Connection(Stream[Chunk]):
     """The server's end of a connection: a Stream whose ``server`` accepted it."""
 
     __slots__ = ()

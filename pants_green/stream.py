@@ -42,11 +42,11 @@ from pants_green._lifecycle import (
 from pants_green._limits import Limits
 from pants_green._linger import Linger
 from pants_green._pool import Worker
-from pants_green._room import next_mark, overflow_of, tell, wait_for_room, wait_for_room_to_write
+from pants_green._room import next_mark, overflow_of, tell, wait_for_room, wrote_much
 from pants_green._straight import read
-from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, StreamState
+from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, TURN, StreamState
 from pants_green.channel import STARTING
-from pants_green.errors import ChannelClosed, ChannelStateError, StreamBufferOverflow, WriteTimeout
+from pants_green.errors import ChannelClosed, ChannelStateError, ReadTimeout, StreamBufferOverflow, WriteTimeout
 from pants_green.framing import Framer
 
 if TYPE_CHECKING:
@@ -58,16 +58,14 @@ __all__ = ["Stream", "StreamServer"]
 #: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
 RECEIVE_MOST = 256 * KIB
 
-#: Seconds for which a stream that fills every receive goes on before the others get their turn. Shorter turns are fairer
-#: and slower, for each stream finds its data gone from the cache: bulk 1.49 of raw gevent without any limit, 1.41 with
-#: this one, 0.83 with 1 ms.
-TURN = 0.01
-
 #: A receive of so many bytes flushes its own stream at once: bulk gains nothing by waiting and leaves the cache.
 FLUSH_OWN = 16 * KIB
 
 # As plain names, for the same reason as the states.
 FORKED = CloseReason.FORKED
+WITHOUT_A_WORD = frozenset(
+    {CloseReason.ABORTED_HERE, FORKED, CloseReason.CONNECT_FAILED, CloseReason.PEER_LEFT, CloseReason.IO_ERROR}
+)
 PEER_ENDED = CloseReason.PEER_ENDED
 
 
@@ -231,7 +229,7 @@ class Stream(StreamState[Chunk]):
             if self._attention is not None:
                 if not self._attend():
                     return
-                self._deliver_waiting()
+                self._deliver_waiting(len(self._inbox) > 0)
                 continue
             framer = self._framer
             try:
@@ -245,7 +243,7 @@ class Stream(StreamState[Chunk]):
                 if not data:
                     self._input_ended()
                     return
-                owed = self._pending
+                self._own_output = 0
                 if framer is None:
                     try:
                         self.on_read(data)  # type: ignore[call-arg]
@@ -258,7 +256,7 @@ class Stream(StreamState[Chunk]):
                     self._flush()
                 if len(dirty) >= engine._flush_at:
                     engine._batch_done()
-                if self._pending > self._high_water and self._pending > owed:
+                if self._own_output and self._pending > self._high_water:
                     self._wait_for_room(min(self._low_water, self._high_water))
                 if received == size:
                     if size < RECEIVE_MOST:
@@ -275,7 +273,7 @@ class Stream(StreamState[Chunk]):
             while self._attention is not None:
                 if not self._attend():
                     return
-                self._deliver_waiting()
+                self._deliver_waiting(len(self._inbox) > 0)
             # What _wait does. Start and stop of a watcher cost no system call.
             self._waiting = True
             try:
@@ -325,12 +323,23 @@ class Stream(StreamState[Chunk]):
     def _deliver_fields(self, data: bytes, framer: Any) -> None:
         """Do the same for chunks whose elements are arguments. To ask which they are for each chunk costs 2 % of all lines."""
         inbox = self._inbox
+        count = framer.count
         waiting = inbox.data
         chunk = NOTHING
         try:
             for chunk in inbox.feed(data, framer):
                 try:
-                    self.on_read(*chunk)  # type: ignore[call-arg]
+                    if count == 2:  # a call with a star costs a third of such a chunk
+                        one, two = chunk
+                        self.on_read(one, two)  # type: ignore[call-arg]
+                    elif count == 1:
+                        (one,) = chunk
+                        self.on_read(one)  # type: ignore[call-arg]
+                    elif count == 3:
+                        one, two, three = chunk
+                        self.on_read(one, two, three)  # type: ignore[call-arg]
+                    else:
+                        self.on_read(*chunk)  # type: ignore[call-arg]
                 except BaseException as error:
                     self._failed("on_read", error)
                 if self._attention is not None and not self._same_batch(framer):
@@ -373,7 +382,7 @@ class Stream(StreamState[Chunk]):
                 break
             begun = False
             try:
-                if framer is not None and framer.spread:
+                if isinstance(chunk, tuple) and framer.spread:
                     self.on_read(*chunk)  # type: ignore[call-arg]
                 else:
                     self.on_read(chunk)  # type: ignore[call-arg]
@@ -389,7 +398,7 @@ class Stream(StreamState[Chunk]):
             begun: whether it is the chunk that was unfinished before.
             overflowed: whether on_overflow_error has had its chance.
         """
-        if self._read_timeout is not None and not begun:
+        if self._read_timeout is not None and not (begun and self._limits is not None and self._limits.runs("read")):
             self._limit("read", self._read_timeout)
         inbox = self._inbox
         waiting = max(len(inbox), inbox.wanted)
@@ -431,6 +440,8 @@ class Stream(StreamState[Chunk]):
                 return False
             if not self._paused:
                 self._attention = None
+                if self._own_seen >= 0:
+                    self._own_seen = -1
                 return True
             self._wait()
 
@@ -473,14 +484,20 @@ class Stream(StreamState[Chunk]):
 
         The end of the peer's input waits, too. ``close()`` and ``end()`` take effect all the same, and so does ``read()``.
         """
+        self._enter_bound()
         self._paused = True
-        self._interrupt()
+        self._attention = INTERRUPTED
+        if self._waiting:
+            self._alert()
 
     def resume(self) -> None:
         """Go on after ``pause()``; no effect if it was not called."""
+        self._enter_bound()
         if self._paused:
             self._paused = False
-            self._interrupt()
+            self._limit_changed("read")
+            if self._waiting:
+                self._alert()
 
     @property
     def paused(self) -> bool:
@@ -489,13 +506,16 @@ class Stream(StreamState[Chunk]):
 
     def _failed(self, name: str, error: BaseException) -> None:
         """A callback raised; what ``read()`` raised in it, and nobody caught, is the peer's doing and no mistake."""
-        if getattr(error, "_raised_by_read_of", None) is not self:
+        if not getattr(error, "_raised_by_read", False) or getattr(error, "channel", self) is not self:
             super()._failed(name, error)
         elif isinstance(error, StreamBufferOverflow):
             self._call("on_overflow_error", error)
             self._shut(CloseReason.OVERFLOW, error)
         else:
             self._log(logging.DEBUG, "%s was left: %s", name, error, event="callback_left")
+            if getattr(error, "_at_end", False) and self._state in (OPEN, READ_ONLY):
+                # In the middle of what it wanted to read: the rest is no chunk, whatever the read_delimiter would make of it.
+                self._input_ended()
 
     def _input_ended(self) -> None:
         """The peer's FIN: every complete chunk has been delivered."""
@@ -534,7 +554,9 @@ class Stream(StreamState[Chunk]):
     def write(self, data: Any, flush: bool = False) -> None:
         """Queue data to be sent; returns at once. What is written in one turn of the hub goes out together.
 
-        If more than `write_limit` bytes are pending already, it waits for room, or does what `overflow` says.
+        If `write_limit` bytes or more are pending already, it waits for room, or does what `overflow` says. A callback that
+        waits does not read: what is more than `write_limit` is better written by a greenlet of its own if the peer, too, stops
+        reading while nobody takes its answers.
 
         Args:
             data: bytes-like, or str (in the `encoding`, UTF-8 if there is none). What can change is copied.
@@ -557,13 +579,11 @@ class Stream(StreamState[Chunk]):
             if not engine._flush_asked:
                 engine._ask_flush()
             engine._dirty.append(self)
-        elif self._pending >= self._write_limit:
-            if wait_for_room_to_write(self, len(data)):
-                self.write(data, flush)
-            return
         out.append(data)
-        self._pending += len(data)
-        if flush:
+        self._pending = pending = self._pending + len(data)
+        if pending > self._mark:
+            wrote_much(self, data)
+        if flush and self._out is not REFUSED:
             self.flush()
 
     def send(self, data: Any) -> None:
@@ -642,7 +662,7 @@ class Stream(StreamState[Chunk]):
         if getcurrent() is self._engine._hub:
             raise ChannelStateError(f"drain() on {self!r} was called in the hub, which must not wait; call it in a greenlet")
         wait_for_room(self, min(self._low_water, self._high_water))
-        if self._socket is None and self._close_reason is not CloseReason.ENDED_HERE:
+        if self._socket is None and self._unsent:
             raise ChannelClosed(f"drain() on {self!r}: it was closed before everything was sent ({self._close_reason})", self)
 
     def _flush_all(self) -> None:
@@ -729,19 +749,33 @@ class Stream(StreamState[Chunk]):
     def _limit_hit(self, which: str) -> None:
         """Hub: the time of a limit is up."""
         if which == "write":
-            if self._outbox.items:
+            owed = self._pending
+            self._flush_all()  # the kernel tells of room only when a third of its buffer is free
+            if self._pending < owed:
+                self._limit_changed(which)
+            elif self._state is not CLOSED and self._write_timeout is not None:
                 self._keep_posted("on_timeout", which)
-                self._shut(CloseReason.TIMED_OUT, WriteTimeout(self._limit_text(which)))
+                self._shut(CloseReason.TIMED_OUT, self._limit_error(which))
         elif self._inbox.data and self._read_timeout is not None:
             self._limit(which, self._read_timeout)
             if self._waiting and self._own_mark < 0 and not self._paused:
                 self._post("on_timeout", which)
 
-    def _limit_text(self, which: str) -> str:
+    def _limit_changed(self, which: str) -> None:
+        """A limit has to run anew, or from now on, or no more."""
+        seconds = self._read_timeout if which == "read" else self._write_timeout
+        running = self._sending if which == "write" else self._inbox.data and (self._waiting or self._paused)
+        if seconds is not None and running:
+            self._limit(which, seconds)
+        elif self._limits is not None:
+            self._limits.end(which)
+
+    def _limit_error(self, which: str) -> TimeoutError:
         if which == "read":
-            return f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
-        text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds, of {self._pending} bytes"
-        return text + ("; neither side is reading: this one waits for room, too" if self._own_mark >= 0 else "")
+            text = f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
+            return ReadTimeout(text)
+        text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds; {self._pending} bytes wait"
+        return WriteTimeout(text + ("; neither side is reading, for this one waits for room" if self._own_mark >= 0 else ""))
 
     def _writable(self) -> None:
         """Hub: the kernel has room again."""
@@ -802,7 +836,6 @@ class Stream(StreamState[Chunk]):
             self._end(CloseReason.ENDED_HERE)
             return
         self._enter_bound()
-        self._flush_all()
         self._shut(CloseReason.CLOSED_HERE)
 
     def abort(self) -> None:
@@ -881,16 +914,23 @@ class Stream(StreamState[Chunk]):
         self._shut(CloseReason.PEER_LEFT if left else CloseReason.IO_ERROR, error)
 
     def _shut(self, reason: CloseReason, error: BaseException | None = None, *, reset: bool = False) -> None:
-        """Close now, for `reason`; does nothing on a closed stream. Switches nowhere, runs no callback."""
+        """Close now, for `reason`; does nothing on a closed stream. Switches nowhere, runs no callback.
+
+        What the kernel takes at once is sent, unless `reason` tells that there is nobody to send it to.
+        """
         if self._state is CLOSED:
             return
+        if self._outbox.items and reason not in WITHOUT_A_WORD:
+            self._flush_all()
+            if self._state is CLOSED:
+                return
         self._close_reason = reason
         self._close_error = error
         self._move(CLOSE)
         if self._outbox.items:
             self._outbox.items.clear()
-            self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._pending, reason, event="dropped")
-            self._pending = 0
+            self._unsent, self._pending = self._pending, 0
+            self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._unsent, reason, event="dropped")
         if self._limits is not None:
             self._limits.cancel()
         if self._socket is not None:

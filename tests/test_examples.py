@@ -1,10 +1,13 @@
 """Every file in examples/ is run as a user would run it, with a real peer."""
 
+import re
 import signal
+import socket
+import struct
 import threading
 
 import pytest
-from children import ROOT, Child, Peer, free_port, keyboard_interrupts, wait_until_listening
+from children import PATIENCE, ROOT, Child, Peer, free_port, keyboard_interrupts, wait_until_listening
 
 EXAMPLES = ROOT / "examples"
 
@@ -81,6 +84,164 @@ def blocking(tmp_path):
             assert replies["threaded"] == b"slept in a thread\r\nawake\r\n"
 
 
+#: Runs a program as it is, but for what it logs from WARNING on, which goes to stderr.
+LOGGED = "import logging, runpy, sys; logging.basicConfig(); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def logged(name, *arguments):
+    """Start an example whose warnings and errors are to be seen."""
+    return Child("-c", LOGGED, EXAMPLES / name, *arguments)
+
+
+def far_end(listener):
+    """Accept a connection that a program makes to `listener`, as the other end of it."""
+    peer = Peer.__new__(Peer)
+    peer.socket, _ = listener.accept()
+    peer.socket.settimeout(PATIENCE)
+    return peer
+
+
+def reset(peer):
+    """Break a connection off."""
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.socket.close()
+
+
+def chat(tmp_path):
+    with logged("chat.py", 0) as child:
+        port = child.port()
+
+        def hears(peer, text):
+            data = text.encode()
+            assert peer.read(len(data)) == data
+
+        with Peer(port) as ann:
+            hears(ann, "Your name? ")
+            ann.send("Änn\r\n".encode())
+            with Peer(port) as nobody:
+                hears(nobody, "Your name? ")
+                nobody.send(b"Nob")  # and leaves before it has said its name
+            with Peer(port) as listener, Peer(port) as bob:
+                hears(listener, "Your name? ")  # and never says it
+                hears(bob, "Your name? ")
+                bob.send(b"Bob\nhello\n")
+                hears(ann, "* Bob has joined\r\nBob: hello\r\n")
+                ann.send("grüß dich\r\n".encode())
+                hears(bob, "Änn: grüß dich\r\n")
+                assert bob.rest() == b""
+                assert listener.rest() == b""
+            hears(ann, "* Bob has left\r\n")
+            assert ann.rest() == b""
+        assert child.error_output() == ""
+
+
+def proxy(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        with logged("proxy.py", 0, f"localhost:{listener.getsockname()[1]}") as child:
+            port = int(child.expect(r":(\d+)> forwards to ")[1])
+            with Peer(port) as near:
+                near.send(b"question")
+                with far_end(listener) as far:
+                    assert far.read(8) == b"question"
+                    near.socket.shutdown(socket.SHUT_WR)
+                    assert far.read(1) == b""
+                    far.send(b"an answer although the question has ended")
+                    far.socket.shutdown(socket.SHUT_WR)
+                    assert near.read(1000) == b"an answer although the question has ended"
+            with Peer(port) as near, far_end(listener) as far:
+                far.send(b"banner")
+                far.socket.shutdown(socket.SHUT_WR)
+                assert near.read(1000) == b"banner"
+                near.send(b"it goes on")
+                assert far.read(10) == b"it goes on"
+                assert near.rest() == far.read(1) == b""
+            with Peer(port) as near, far_end(listener) as far:
+                # A far side that reads nothing holds the near side up, and nothing is lost.
+                data = bytes(range(256)) * (128 * 1024)
+                sender = threading.Thread(target=near.send, args=(data,), daemon=True)
+                sender.start()
+                sender.join(0.5)
+                held_up = sender.is_alive()
+                got = bytearray()
+                while len(got) < len(data) and (more := far.socket.recv(1 << 20)):
+                    got += more
+                sender.join(PATIENCE)
+                assert (held_up, got == data) == (True, True)
+            for breaks_off, stays in ((0, 1), (1, 0)):
+                with Peer(port) as near, far_end(listener) as far:
+                    near.send(b"x")
+                    assert far.read(1) == b"x"
+                    reset((near, far)[breaks_off])
+                    assert (near, far)[stays].read(1) == b""
+            assert child.error_output() == ""
+    with logged("proxy.py", 0, f"localhost:{free_port()}") as child:
+        with Peer(int(child.expect(r":(\d+)> forwards to ")[1])) as near:
+            near.send(b"is anybody there?")
+            assert near.read(1) == b""
+        assert "cannot connect to localhost" in child.error_output()
+
+
+def binary_protocol(tmp_path):
+    def message(kind, body):
+        return struct.pack("!BI", kind, len(body)) + body
+
+    with logged("binary_protocol.py", 0) as child:
+        port = child.port()
+        large = b"Aa" * (512 * 1024)
+        with Peer(port) as peer:
+            peer.send(message(1, b"hello") + message(2, b"Hello") + message(1, b"") + message(2, b"x")[:-1])
+            answers = message(1, b"HELLO") + message(2, b"hELLO") + message(1, b"")
+            assert peer.read(len(answers)) == answers
+            peer.send(b"x" + message(2, large))
+            assert peer.read(6) == message(2, b"X")
+            answer = message(2, large.swapcase())
+            assert peer.read(len(answer)) == answer
+            peer.send(message(1, b"cut off")[:-4])
+            assert peer.rest() == b""
+        for senseless in (message(3, b"x"), struct.pack("!BI", 1, len(large) + 1)):
+            with Peer(port) as peer:
+                peer.send(senseless)
+                with pytest.raises(ConnectionResetError):
+                    peer.read(1)
+        assert child.error_output() == ""
+
+
+def regex_split(tmp_path):
+    with Child(EXAMPLES / "regex_split.py", 0) as child, Peer(child.port()) as peer:
+        for piece in (b"one,", b" two;three\r", b"\nfo", b"ur\n,,five\r\n", b"six"):
+            peer.send(piece)
+        assert peer.rest() == b"one: 3\r\ntwo: 3\r\nthree: 5\r\nfour: 4\r\nfive: 4\r\n"
+
+
+def slow_consumer(tmp_path):
+    def ticks(peer, count):
+        return [int(number) for number in re.findall(rb"^tick (\d{6})\.+$", peer.read(count * 1000), re.MULTILINE)]
+
+    with Child(EXAMPLES / "slow_consumer.py", 0) as child:
+        port = child.port()
+        with socket.socket() as slow, Peer(port) as quick:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.settimeout(PATIENCE)
+            slow.connect(("127.0.0.1", port))
+            numbers = ticks(quick, 300)
+            assert numbers == list(range(numbers[0], numbers[0] + 300))
+            late = Peer.__new__(Peer)
+            late.socket = slow
+            missing = ticks(late, 300)
+            assert missing == sorted(set(missing))
+            assert missing[-1] - missing[0] > 299
+            address = slow.getsockname()[1]
+        assert int(child.expect(rf"^{address} has left and missed (\d+) ticks$")[1]) > 0
+
+
+def slip(tmp_path):
+    with Child(EXAMPLES / "slip.py", 0) as child, Peer(child.port()) as peer:
+        for piece in (b"\xc0hel", b"lo\xc0\xc0a\xdb", b"\xdcb\xdb\xdd\xdc\xc0", b"cut off"):
+            peer.send(piece)
+        assert peer.rest() == b"\xc0olleh\xc0" + b"\xc0\xdc\xdb\xddb\xdb\xdca\xc0"
+
+
 def tutorial(name, tmp_path):
     """Return the port and the process of a copy of a tutorial, whose port is fixed, on a free one."""
     port = free_port()
@@ -132,10 +293,16 @@ def tutorial3(tmp_path):
 
 
 CHECKS = {
+    "binary_protocol.py": binary_protocol,
     "blocking.py": blocking,
+    "chat.py": chat,
     "echo.py": echo,
     "line_oriented.py": line_oriented,
     "printer.py": printer,
+    "proxy.py": proxy,
+    "regex_split.py": regex_split,
+    "slip.py": slip,
+    "slow_consumer.py": slow_consumer,
     "timers.py": timers,
     "tutorial1.py": tutorial1,
     "tutorial2.py": tutorial2,
@@ -172,7 +339,10 @@ def test_s3_26_tutorials_keep_the_lines_that_documents_include():
     assert [line for line in (first[5], third[12], third[20]) if line] == []
 
 
-@pytest.mark.parametrize("name", ["blocking.py", "echo.py", "line_oriented.py", "printer.py"])
+WITH_A_WORD = [name for name in CHECKS if name not in ("proxy.py", "timers.py") and not name.startswith("tutorial")]
+
+
+@pytest.mark.parametrize("name", WITH_A_WORD)
 def test_example_ctrl_c_ends_it_with_a_word(name):
     with keyboard_interrupts(), Child(EXAMPLES / name, 0) as child:
         child.port()
@@ -180,6 +350,14 @@ def test_example_ctrl_c_ends_it_with_a_word(name):
         assert child.end() == 0
         assert child.output.endswith("Bye.\n")
         assert "Traceback" not in child.error_output()
+
+
+def test_proxy_ctrl_c_ends_it():
+    with keyboard_interrupts(), Child(EXAMPLES / "proxy.py", 0, "localhost:1") as child:
+        child.expect("forwards to")
+        child.process.send_signal(signal.SIGINT)
+        assert child.end() == 0
+        assert child.error_output() == ""
 
 
 @pytest.mark.parametrize("port", ["in use", "70000", "http"])

@@ -5,6 +5,7 @@ import contextlib
 import re
 import socket
 import textwrap
+import time
 
 import pytest
 from children import PATIENCE, ROOT, Child, Peer, free_port, wait_until_listening
@@ -106,6 +107,79 @@ def lengths(tmp_path):
                 peer.read(1)
 
 
+def packed(tmp_path):
+    child, port = serving("packed", tmp_path)
+    with child, Peer(port) as peer:
+        peer.send(b"\0\0\0\1\0\0\0\2" + b"\xff" * 8 + b"cut off")
+        assert peer.rest() == b"\0\0\0\0\0\0\0\3" + b"\0\0\0\1\xff\xff\xff\xfe"
+
+
+def framer(tmp_path):
+    child, port = serving("framer", tmp_path)
+    with child, Peer(port) as peer:
+        for piece in (b"\nhello\n", b"one\\", b"\ntwo\\\n", b"\ncut off"):
+            peer.send(piece)
+        assert peer.rest() == b"0 bytes\n5 bytes\n10 bytes\n"
+
+
+def text(tmp_path):
+    child, port = serving("text", tmp_path)
+    with child:
+        with Peer(port) as peer:
+            for piece in (b"gr\xc3", b"\xbc\xc3\x9f dich\r", b"\n"):
+                peer.send(piece)
+            assert peer.rest() == "GRÜSS DICH\r\n".encode()
+        with Peer(port) as peer:
+            peer.send(b"fine\r\n")
+            assert peer.read(6) == b"FINE\r\n"
+            peer.send(b"\xff\r\n")
+            assert peer.read(1) == b""
+
+
+def read(tmp_path):
+    child, port = serving("read", tmp_path)
+    with child:
+        with Peer(port) as peer:
+            assert peer.read(6) == b"name? "
+            peer.send(b"Ann\r\n")
+            assert peer.read(6) == b"size? "
+            peer.send(b"5\r\nhelloand more\r\n")
+            answer = b"5 bytes, please: Ann said hello\r\nAnn also said and more\r\n"
+            assert peer.read(len(answer)) == answer
+        with Peer(port) as peer:
+            assert peer.rest() == b"name? "
+
+
+def drain(tmp_path):
+    child, port = serving("drain", tmp_path)
+    with child, Peer(port) as peer:
+        peer.send(b"100000\r\n3\r\n")
+        assert peer.rest() == b"".join(b"%d\r\n" % number for number in (*range(100000), 0, 1, 2))
+
+
+def overflow(tmp_path):
+    child, port = serving("overflow", tmp_path)
+    with child, Peer(port) as first, Peer(port) as second:
+        for peer in (first, second):
+            assert peer.read(12) == b"tick\r\ntick\r\n"
+
+
+def pause(tmp_path):
+    child, port = serving("pause", tmp_path)
+    with child, Peer(port) as peer:
+        began = time.monotonic()
+        peer.send(b"1\r\n2\r\n3\r\n4\r\n")
+        assert peer.read(12) == b"1\r\n2\r\n3\r\n4\r\n"
+        assert time.monotonic() - began > 0.25
+
+
+def typed(tmp_path):
+    child, port = serving("typed", tmp_path)
+    with child, Peer(port) as peer:
+        peer.send(b"\0\1\0\2\xff\xff\0\0")
+        assert peer.rest() == b"\0\2\0\1\0\0\xff\xff"
+
+
 def timers(tmp_path):
     with program("timers", tmp_path, 4040) as child:
         assert child.end() == 0
@@ -130,13 +204,21 @@ CHECKS = {
     "blocking": blocking,
     "chat": chat,
     "client": client,
+    "drain": drain,
     "echo": echo,
+    "framer": framer,
     "lengths": lengths,
     "never-start": never_start,
+    "overflow": overflow,
+    "packed": packed,
+    "pause": pause,
+    "read": read,
     "testing-conftest": testing,
     "testing-test": testing,
+    "text": text,
     "threads": threads,
     "timers": timers,
+    "typed": typed,
 }
 
 
