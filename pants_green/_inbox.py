@@ -57,14 +57,18 @@ class Inbox:
         """
         if self.data:
             self.append(data)
-            if len(self) < self.wanted:
+            waiting = self.data
+            size = len(waiting) - self.start
+            if size < self.wanted:
                 return ()
-            if self.data.__class__ is bytearray:
-                found = framer.find(self.data, self.start, self.searched)
+            if waiting.__class__ is bytearray:
+                found = framer.find(waiting, self.start, self.searched)
                 if found.__class__ is not tuple:
-                    self.searched = len(self)
+                    self.searched = size
                     self.wanted = found or 0
                     return ()
+                del found
+            del waiting  # these may be long, and each is not to be there once more: new memory costs more than copying
             data = self.take_all()
         self.batch, self.data = framer.split(data)
         return self.batch

@@ -297,10 +297,11 @@ class Stream(StreamState[Chunk]):
             else:
                 self._deliver_fields(data, framer)
             return
-        waiting = inbox.data
+        begun = False
         chunk = NOTHING
         try:
-            if waiting:
+            if inbox.data:
+                begun = True
                 batch = inbox.feed(data, framer)
             else:  # what feed does if nothing waits, without the call: 1 % of a line
                 batch, inbox.data = framer.split(data)
@@ -318,13 +319,13 @@ class Stream(StreamState[Chunk]):
             return
         inbox.batch = None
         if inbox.data:
-            self._unfinished(bool(waiting) and chunk is NOTHING)
+            self._unfinished(begun and chunk is NOTHING)
 
     def _deliver_fields(self, data: bytes, framer: Any) -> None:
         """Do the same for chunks whose elements are arguments. To ask which they are for each chunk costs 2 % of all lines."""
         inbox = self._inbox
         count = framer.count
-        waiting = inbox.data
+        begun = len(inbox) > 0
         chunk = NOTHING
         try:
             for chunk in inbox.feed(data, framer):
@@ -349,7 +350,7 @@ class Stream(StreamState[Chunk]):
             return
         inbox.batch = None
         if inbox.data:
-            self._unfinished(bool(waiting) and chunk is NOTHING)
+            self._unfinished(begun and chunk is NOTHING)
 
     def _same_batch(self, framer: Any) -> bool:
         """See to what has come up between two chunks, and tell whether the batch goes on; else the rest has been delivered."""
@@ -401,7 +402,9 @@ class Stream(StreamState[Chunk]):
         if self._read_timeout is not None and not (begun and self._limits is not None and self._limits.runs("read")):
             self._limit("read", self._read_timeout)
         inbox = self._inbox
-        waiting = max(len(inbox), inbox.wanted)
+        waiting = len(inbox.data) - inbox.start  # not by its own len(): a long chunk comes by here at each receive
+        if waiting < inbox.wanted:
+            waiting = inbox.wanted
         if waiting <= self._buffer_size or waiting <= self._allowed():
             return
         if overflowed:

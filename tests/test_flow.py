@@ -1268,3 +1268,28 @@ def test_pause_and_stall_use_no_cpu(stuck, recorder):
     assert time.process_time() - before < 0.1
     stream.close()
     turns()
+
+
+# ---- E.1 of the old library's defects
+
+
+def test_e1_13_output_is_bounded_and_pushes_back(server_of, peer, recorder):
+    """A peer that asks and does not listen: what waits for it, and what is taken from it, have a limit."""
+    most = []
+
+    def on_read(stream, data):
+        stream.write(data * 8)
+        most.append(stream._pending)
+
+    one = peer(server_of(recorder.of(Connection, "on_close", on_read=on_read)))
+    one.socket.setblocking(False)
+    taken, still = 0, 0
+    while still < 20:
+        try:
+            taken += one.socket.send(b"x" * 65536)
+            still = 0
+        except BlockingIOError:
+            still += 1
+        gevent.sleep(0.001)
+    assert max(most) < 4 * 1024 * 1024
+    assert taken < 32 * 1024 * 1024

@@ -178,6 +178,17 @@ def test_s3_12_s3_14_tutorial_2_sends_blocks_of_8_back_as_lines(run):
     assert child.error_output() == ""
 
 
+def test_s3_16_tutorial_2_with_a_compiled_regular_expression_sends_what_is_between_its_matches(run):
+    source = tutorial(2).replace("self.read_delimiter = 8", 'self.read_delimiter = re.compile(b"[,;]")')
+    port, child = run("import re\n" + source)
+    with Peer(port) as one:
+        for piece in (b"one,t", b"wo;;thr"):
+            one.send(piece)
+        assert one.read(12) == b"one\r\ntwo\r\n\r\n"[:12]
+        assert one.rest() == b"one\r\ntwo\r\n\r\n"[12:]
+    assert child.error_output() == ""
+
+
 def test_s3_18_s3_19_s3_20_s3_21_s3_22_tutorial_3_is_a_chat(run):
     joined, left = b"Connected: 127.0.0.1\r\n", b"Disconnected: 127.0.0.1\r\n"
     said = b"127.0.0.1: one\r\n127.0.0.1: two\r\n"
