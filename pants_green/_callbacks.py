@@ -137,7 +137,8 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         *When*: after all complete chunks were delivered. If the delimiter that this leaves, or a larger `buffer_size`, does
         not help, the stream is closed all the same. For output, when `overflow` is "close".
         *Runs in*: the stream's own greenlet.
-        *Socket*: open for input that overflows, closed for output.
+        *Socket*: open when too much waits for its delimiter; closed for output, and when a Framer has refused a size that was
+        announced.
         """
         self._log(logging.WARNING, "%s", exception, event="overflow")
         self._shut(CloseReason.OVERFLOW, exception)

@@ -1,6 +1,6 @@
 """Dialling: from an address of any kind to a connected socket, trying one after the other.
 
-Runs in the stream's own greenlet and waits only in its numbered waits, so that ``close()`` ends it at once.
+Runs in the stream's own greenlet and waits only in its own waits, so that ``close()`` ends it at once.
 """
 
 import os

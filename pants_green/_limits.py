@@ -1,11 +1,11 @@
-"""Time limits of a stream, all on one timer, which is armed again only when it fires; nothing is paid for them per receive.
+"""Time limits of a stream, all on one timer, which is armed again only when it fires; no timer is started or stopped per receive.
 
 What is limited, and what happens then, is the business of ``stream``.
 """
 
 from collections.abc import Callable
-from typing import Any
 
+from pants_green._timers import Timer
 from pants_green.engine import Engine
 
 __all__ = ["Limits"]
@@ -25,7 +25,7 @@ class Limits:
         self._engine = engine
         self._on_hit = on_hit
         self._deadlines: dict[str, float] = {}
-        self._timer: Any = None
+        self._timer: Timer | None = None
         self._armed_for = 0.0
 
     def begin(self, which: str, seconds: float) -> None:

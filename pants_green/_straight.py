@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read"]
 
-#: Bytes that a receive of ours takes at most; more than one chunk is rarely wanted at a time.
-RECEIVE_MOST = 64 * KIB
+#: Bytes up to which a read() lets the receives of its stream grow; more than one chunk is rarely wanted at a time.
+GROW_TO = 64 * KIB
 
 #: The states in which anything is received.
 READABLE = (OPEN, READ_ONLY)
@@ -99,7 +99,7 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
                 received = _receive(stream)
             may_receive = False
             if received == stream._receive_size:
-                if received < RECEIVE_MOST:
+                if received < GROW_TO:
                     stream._receive_size = received * 4
                 now = stream._engine._clock()
                 turn_began = turn_began or now
@@ -116,7 +116,7 @@ def _find(stream: "Stream[...]", framer: Framer[Any] | None) -> Any:
     try:
         chunk = inbox.next(framer)
     except StreamBufferOverflow as error:
-        error._raised_by_read = True
+        error._no_mistake = True
         raise
     except Exception as error:
         stream._input_senseless(error)
@@ -127,7 +127,7 @@ def _find(stream: "Stream[...]", framer: Framer[Any] | None) -> Any:
         if waiting > allowed:
             message = f"read() on {stream!r}: {waiting} bytes wait for their delimiter; buffer_size allows {allowed}"
             overflow = StreamBufferOverflow(message, waiting, allowed)
-            overflow._raised_by_read = True
+            overflow._no_mistake = True
             raise overflow
     return chunk
 
@@ -141,7 +141,7 @@ def _receive(stream: "Stream[...]") -> int:
     except BlockingIOError:
         return 0
     except OSError as error:
-        stream._input_failed(error)
+        stream._broken("on_read_error", error)
         _leave(stream, "the connection broke", error)
     if not data:
         _leave(stream, "the peer has ended its side", at_end=True)
@@ -151,7 +151,7 @@ def _receive(stream: "Stream[...]") -> int:
 
 def _leave(stream: "Stream[...]", why: str, cause: BaseException | None = None, *, at_end: bool = False) -> NoReturn:
     closed = ChannelClosed(f"read() on {stream!r}: {why}", stream)
-    closed._raised_by_read = True
+    closed._no_mistake = True
     closed._at_end = at_end
     raise closed from cause
 

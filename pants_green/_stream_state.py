@@ -121,7 +121,26 @@ def _framer_of(owner: type, delimiter: Any, encoding: str | None, regex_search: 
 
 
 class StreamState(StreamCallbacks[Chunk]):
-    """The fields of a stream."""
+    """The fields of a stream. Settings have theirs under their own names, with an underscore.
+
+    Attributes:
+        _attention: INTERRUPTED if the greenlet has to look up from its chunks, else None.
+        _framer: cuts the input; None delivers whatever arrives.
+        _inbox: what waits to be cut. _receive_size: bytes of the next receive at most.
+        _outbox, _pending: what waits to be sent, and its bytes. _out: the outbox's list while it may be added to, else REFUSED.
+        _mark: bytes pending above which a write() looks closer. _own_output: how many of the own callbacks' writes, since the
+            latest receive, left more than that.
+        _sending: whether the write watcher waits for the kernel to take more.
+        _room_at: bytes pending at which somebody is to be told that there is room; -1 if nobody waits for it. _own_mark: the
+            same for the stream's own greenlet; _waiters: for others, as pairs of mark and Event.
+        _paused, _peer_ended: whether pause() holds, and whether the peer's FIN was seen. _told: whether on_close has been called
+            or is not to be.
+        _write_heard, _end_heard: whether on_write and on_end are overridden, without which they are not called.
+        _recv, _send, _reader, _writer: the world; see `_sockets.Ports`. None while there is no socket.
+        _key: the descriptor, under which the server's `channels` has it; None when it is not there.
+        _remote, _remote_override: the peer's address, and the one that was assigned.
+        _limits: its time limits, if any has ever run. _server: that which accepted it.
+    """
 
     __slots__ = (
         "_attention",
@@ -220,7 +239,7 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Bytes that were dropped when the stream was closed.
     _unsent = 0
     _decoder: Incremental | None = None
-    _drainers: Any = ()
+    _waiters: tuple[tuple[int, Any], ...] = ()
 
     @classmethod
     def _settled(cls) -> None:

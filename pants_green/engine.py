@@ -414,7 +414,7 @@ class Engine:
         """Send what every dirty stream has written since the last flush: one send each."""
         dirty = self._dirty
         streams = iter(dirty[:])
-        flush_each = dirty[0]._flush_each
+        flush_each = dirty[0]._flush_each  # one for all streams, of which this module knows nothing else
         dirty.clear()
         try:
             flush_each(streams)

@@ -35,8 +35,8 @@ __all__ = [
 class PantsError(Exception):
     """The root of everything below."""
 
-    #: Whether a ``read()``, or a ``write()`` that waited, raised it: then it is the world's mistake, although it is raised.
-    _raised_by_read: bool = False
+    #: Whether a ``read()``, or a ``write()`` that waited, raised it: then it is the world's doing, although it is raised.
+    _no_mistake: bool = False
 
     #: Whether it did so because the peer had ended its side.
     _at_end: bool = False

@@ -7,7 +7,7 @@ A framer of your own is a subclass of `Framer` with one method. This one reads l
     class Escaped(Framer[bytes]):
         def find(self, data, start, searched):
             end = data.find(b"\\n", start)
-            while end > 0 and data[end - 1 : end] == b"\\\\":
+            while end > start and data[end - 1 : end] == b"\\\\":
                 end = data.find(b"\\n", end + 1)
             return None if end < 0 else (bytes(data[start:end]), end + 1)
 
@@ -62,7 +62,8 @@ class Framer(ABC, Generic[T_co]):
 
         Raises:
             ValueError: the bytes make no sense. The stream is closed, and ``on_read_error`` gets the exception.
-            StreamBufferOverflow: the chunk is longer than is allowed.
+            StreamBufferOverflow: the chunk is longer than is allowed. The stream is closed, and ``on_overflow_error`` gets the
+                exception; in a ``read()`` it is raised there.
         """
 
 

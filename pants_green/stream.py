@@ -3,8 +3,10 @@
     socket -> read loop -> (TLS) -> splitter -> on_read -> write() -> outbox -> (TLS) -> socket
 
 This file reads in that order: Opening, Reading, Writing, Closing. What a stream is made of is in ``_stream_state``, what its
-user may override in ``_callbacks``, how bytes become chunks in ``framing``, what waits to be sent in ``_outbox``, what may
-follow what in ``_lifecycle``. Accepting is in ``server``.
+user may override in ``_callbacks``, what may follow what in ``_lifecycle``. On the byte's way: ``_dialling`` makes the
+connection; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``; ``_straight`` is ``read()``; ``_outbox``
+holds what waits to be sent, ``_room`` those who wait for it; ``_limits`` counts the time; ``_linger`` sees the peer off.
+Accepting is in ``server``.
 """
 
 import contextvars
@@ -42,7 +44,7 @@ from pants_green._lifecycle import (
 from pants_green._limits import Limits
 from pants_green._linger import Linger
 from pants_green._pool import Worker
-from pants_green._room import next_mark, overflow_of, tell, wait_for_room, wrote_much
+from pants_green._room import made, own_wait, stalled, wait_for_room, wake_waiters, wrote_much
 from pants_green._straight import read
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, TURN, StreamState
 from pants_green.channel import STARTING
@@ -62,11 +64,13 @@ RECEIVE_MOST = 256 * KIB
 FLUSH_OWN = 16 * KIB
 
 # As plain names, for the same reason as the states.
+PEER_ENDED = CloseReason.PEER_ENDED
 FORKED = CloseReason.FORKED
+
+#: Reasons for which nothing more is sent, not even what the kernel would take.
 WITHOUT_A_WORD = frozenset(
     {CloseReason.ABORTED_HERE, FORKED, CloseReason.CONNECT_FAILED, CloseReason.PEER_LEFT, CloseReason.IO_ERROR}
 )
-PEER_ENDED = CloseReason.PEER_ENDED
 
 
 T = TypeVar("T")
@@ -237,7 +241,7 @@ class Stream(StreamState[Chunk]):
             except BlockingIOError:
                 pass
             except OSError as error:
-                self._input_failed(error)
+                self._broken("on_read_error", error)
                 return
             else:
                 if not data:
@@ -257,7 +261,7 @@ class Stream(StreamState[Chunk]):
                 if len(dirty) >= engine._flush_at:
                     engine._batch_done()
                 if self._own_output and self._pending > self._high_water:
-                    self._wait_for_room(min(self._low_water, self._high_water))
+                    self._hold_reading(min(self._low_water, self._high_water))
                 if received == size:
                     if size < RECEIVE_MOST:
                         size = self._receive_size = size * 4
@@ -425,14 +429,11 @@ class Stream(StreamState[Chunk]):
 
     def _input_senseless(self, error: Exception) -> None:
         """What came cannot be cut or decoded: nothing behind it can be, either."""
-        if isinstance(error, StreamBufferOverflow):
-            if self._state is not CLOSED:
-                self._keep_posted("on_overflow_error", error)
-                self._shut(CloseReason.OVERFLOW, error)
+        if self._state is CLOSED:
             return
-        if self._state is not CLOSED:
-            self._keep_posted("on_read_error", error.with_traceback(None))
-            self._shut(CloseReason.BAD_INPUT, error)
+        too_long = isinstance(error, StreamBufferOverflow)
+        self._keep_posted("on_overflow_error" if too_long else "on_read_error", error.with_traceback(None))
+        self._shut(CloseReason.OVERFLOW if too_long else CloseReason.BAD_INPUT, error)
 
     def _attend(self) -> bool:
         """Run what was posted, in the stream's own greenlet, and tell whether reading goes on; while paused, wait."""
@@ -472,6 +473,7 @@ class Stream(StreamState[Chunk]):
             bytes, or str if there is an `encoding`; a tuple for a Struct; a match object; what a Framer makes of it.
 
         Raises:
+            ValueError, TypeError: `timeout` is not a number of seconds, 0 or more.
             ReadTimeout: (TimeoutError) no whole chunk came in time. Nothing is lost: what has come is read next.
             ChannelClosed: (RuntimeError) the peer has ended its side and no whole chunk is left, or the stream was closed
                 meanwhile. If the callback lets it pass that is no error; ``on_end`` and ``on_close`` follow.
@@ -508,8 +510,8 @@ class Stream(StreamState[Chunk]):
         return self._paused
 
     def _failed(self, name: str, error: BaseException) -> None:
-        """A callback raised; what ``read()`` raised in it, and nobody caught, is the peer's doing and no mistake."""
-        if not getattr(error, "_raised_by_read", False) or getattr(error, "channel", self) is not self:
+        """A callback raised; what a ``read()``, or a ``write()`` that waited, raised in it, and nobody caught, is no mistake."""
+        if not getattr(error, "_no_mistake", False) or getattr(error, "channel", self) is not self:
             super()._failed(name, error)
         elif isinstance(error, StreamBufferOverflow):
             self._call("on_overflow_error", error)
@@ -539,10 +541,6 @@ class Stream(StreamState[Chunk]):
                 self._move(END)
             else:
                 self._shut(PEER_ENDED)
-
-    def _input_failed(self, error: OSError) -> None:
-        """A receive failed: nothing more will come, nothing can be sent."""
-        self._broken("on_read_error", error)
 
     def _struck(self, error: BaseException) -> None:
         """Something was thrown into a wait of ours: a Timeout of the user's that fired late, or a kill."""
@@ -584,10 +582,10 @@ class Stream(StreamState[Chunk]):
             engine._dirty.append(self)
         out.append(data)
         self._pending = pending = self._pending + len(data)
-        if pending > self._mark:
-            wrote_much(self, data)
+        if pending > self._mark and wrote_much(self, data):
+            Stream.write(self, data)
         if flush and self._out is not REFUSED:
-            self.flush()
+            self._flush_all()
 
     def send(self, data: Any) -> None:
         """The oldest name of ``write``."""
@@ -705,43 +703,20 @@ class Stream(StreamState[Chunk]):
                 if stream._write_heard:
                     stream._post("_written")
                 if stream._room_at >= 0:
-                    stream._room_made()
+                    made(stream)
             else:
                 outbox.sent(sent)
                 stream._pending -= sent
                 stream._sending = True
                 stream._writer.start(stream._writable)
-                stream._stalled(sent)
+                stalled(stream, sent)
                 if stream._pending <= stream._room_at:
-                    stream._room_made()
+                    made(stream)
 
     def _written(self) -> None:
         """Posted: everything was sent. Not worth telling if the stream was closed meanwhile."""
         if self._state is not CLOSED:
             self._call("on_write")
-
-    def _stalled(self, sent: int) -> None:
-        """The kernel has not taken everything: from now on `write_timeout` runs, anew whenever it takes something."""
-        if self._write_timeout is not None and (sent or self._limits is None or not self._limits.runs("write")):
-            self._limit("write", self._write_timeout)
-        if self._room_at < 0:
-            self._room_at = 0  # when all is sent, the limit ends
-
-    def _room_made(self) -> None:
-        """The outbox has come down to a mark for which somebody waits."""
-        if not self._outbox.items:
-            if self._limits is not None:
-                self._limits.end("write")
-            if self._state is READ_ONLY:
-                _sockets.shutdown_output(self._socket)
-        tell(self)
-        self._room_at = next_mark(self)
-
-    def _overfull(self) -> None:
-        """Too much is pending for a peer that does not take it, and nobody here can wait."""
-        error = overflow_of(self)
-        self._keep_posted("on_overflow_error", error)
-        self._shut(CloseReason.OVERFLOW, error)
 
     def _limit(self, which: str, seconds: float) -> None:
         """Start a time limit, or start it anew."""
@@ -778,7 +753,9 @@ class Stream(StreamState[Chunk]):
             text = f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
             return ReadTimeout(text)
         text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds; {self._pending} bytes wait"
-        return WriteTimeout(text + ("; neither side is reading, for this one waits for room" if self._own_mark >= 0 else ""))
+        if self._own_mark >= 0 and self._state is not DRAINING:
+            text += "; neither side is reading, for this one waits for room"
+        return WriteTimeout(text)
 
     def _writable(self) -> None:
         """Hub: the kernel has room again."""
@@ -786,17 +763,11 @@ class Stream(StreamState[Chunk]):
         self._writer.stop()
         self._flush()
 
-    def _wait_for_room(self, mark: int) -> None:
-        """Wait, in the stream's own greenlet, until no more than `mark` bytes are pending. Nothing is read meanwhile."""
+    def _hold_reading(self, mark: int) -> None:
+        """Read nothing until no more than `mark` bytes are pending; what is posted is run."""
         self._flush()
         while self._pending > mark and self._state.connected:
-            self._own_mark = mark
-            self._room_at = max(self._room_at, mark)
-            try:
-                self._wait()
-            finally:
-                self._own_mark = -1
-                self._room_at = next_mark(self)
+            own_wait(self, mark)
             self._run_posted()
 
     # ---- Closing
@@ -872,13 +843,7 @@ class Stream(StreamState[Chunk]):
             self._flush()
             if not self._outbox.items:
                 break
-            self._own_mark = 0
-            self._room_at = max(self._room_at, 0)
-            try:
-                self._wait(None if self._peer_ended else self._reader)
-            finally:
-                self._own_mark = -1
-                self._room_at = next_mark(self)
+            own_wait(self, 0, None if self._peer_ended else self._reader)
             self._discard_input()
         if self._state is DRAINING:
             self._run_posted()
@@ -938,8 +903,8 @@ class Stream(StreamState[Chunk]):
             self._limits.cancel()
         if self._socket is not None:
             self._drop_socket(reset)
-        if self._drainers:
-            tell(self)
+        if self._waiters:
+            wake_waiters(self)
         self._engine._roots.discard(self)
         self._interrupt()
 

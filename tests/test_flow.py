@@ -447,7 +447,7 @@ def test_plain_greenlet_waits_for_room_and_order_is_kept(stuck, recorder, run_in
     assert not outcome.ready()
     assert one.recv_exactly(FULL + 6) == data + b"onetwo"
     outcome.get(timeout=5)
-    assert stream._drainers == ()
+    assert stream._waiters == ()
 
 
 def test_main_greenlet_waits_for_room(stuck):
@@ -463,19 +463,19 @@ def test_main_greenlet_waits_for_room(stuck):
 def test_plain_greenlets_that_wait_get_channel_closed_when_it_is_closed_meanwhile(stuck, recorder, run_in, how):
     stream, one, _ = stuck()
     outcomes = [run_in("greenlet", lambda: stream.write(b"never")) for _ in range(3)]
-    until(lambda: len(stream._drainers) == 3)
+    until(lambda: len(stream._waiters) == 3)
     getattr(one if how == "reset" else stream, how)()
     for outcome in outcomes:
         with pytest.raises(ChannelClosed, match=r"write\(\)"):
             outcome.get(timeout=5)
     recorder.wait_for("on_close")
-    assert stream._drainers == ()
+    assert stream._waiters == ()
 
 
 def test_plain_greenlet_that_waits_gets_channel_closed_after_end(stuck, recorder, run_in):
     stream, one, data = stuck()
     outcome = run_in("greenlet", lambda: stream.write(b"never"))
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     stream.end()
     assert one.recv_all() == data
     with pytest.raises(ChannelClosed):
@@ -491,7 +491,7 @@ def test_several_greenlets_wait_at_once_and_nothing_is_lost(stuck, recorder):
             stream.write(b"%02d/%04d;" % (number, turn) + bytes([65 + number]) * (size - 8))
 
     writers = [gevent.spawn(send, number) for number in range(8)]
-    until(lambda: len(stream._drainers) == 8)
+    until(lambda: len(stream._waiters) == 8)
     total = FULL + 8 * 40 * size
     received = one.recv_exactly(total)
     gevent.joinall(writers, raise_error=True)
@@ -503,7 +503,7 @@ def test_several_greenlets_wait_at_once_and_nothing_is_lost(stuck, recorder):
         assert received[start + 8 : start + size] == bytes([65 + number]) * (size - 8)
         turn[number] += 1
     assert set(turn.values()) == {40}
-    assert stream._drainers == ()
+    assert stream._waiters == ()
     assert unsent(stream) == 0
 
 
@@ -520,9 +520,9 @@ def test_waiting_writer_gets_its_turn_beside_one_that_writes_without_end(stuck, 
             rounds += 1
 
     greedy = gevent.spawn(without_end)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     outcome = run_in(other, lambda: stream.write(b"!"))
-    until(lambda: len(stream._drainers) == 2)
+    until(lambda: len(stream._waiters) == 2)
 
     def take():
         while one.socket.recv(256 * KIB):
@@ -554,15 +554,15 @@ def test_waiter_that_is_ended_leaves_nothing_behind_and_disturbs_nobody(stuck, r
             return True
 
     waiters = [gevent.spawn(write, b"%d" % number, 0.05 if number == 1 and how == "timeout" else None) for number in range(3)]
-    until(lambda: len(stream._drainers) == 3)
+    until(lambda: len(stream._waiters) == 3)
     if how == "kill":
         waiters[1].kill()
     else:
         assert waiters[1].get(timeout=5) is None
-    assert len(stream._drainers) == 2
+    assert len(stream._waiters) == 2
     assert one.recv_exactly(FULL + 2) == data + b"02"
     assert [waiter.get(timeout=5) for waiter in (waiters[0], waiters[2])] == [True, True]
-    assert stream._drainers == ()
+    assert stream._waiters == ()
     stream.write(b"fine")
     assert one.recv_exactly(4) == b"fine"
 
@@ -570,7 +570,7 @@ def test_waiter_that_is_ended_leaves_nothing_behind_and_disturbs_nobody(stuck, r
 def test_only_waiter_that_is_ended_leaves_the_write_timeout_and_the_fin_at_work(stuck, recorder):
     stream, one, data = stuck("on_timeout", "on_close")
     waiter = gevent.spawn(stream.drain)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     stream.write_eof()
     waiter.kill()
     assert one.recv_all() == data
@@ -661,7 +661,7 @@ def test_overflow_close_while_the_own_callback_waits_for_room_lets_it_go(stuck, 
     one.send(b"x")
     until(lambda: stream._own_mark >= 0)
     waiting = run_in("greenlet", lambda: stream.write(b"never"))
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     run_in("timer", lambda: stream.write(b"too much")).get(timeout=5)
     with pytest.raises(ChannelClosed):
         waiting.get(timeout=5)
@@ -746,7 +746,7 @@ def test_overflow_drop_does_not_concern_the_own_callback_and_plain_greenlets(stu
 def test_overflow_wait_makes_others_wait_and_loses_nothing(stuck, recorder, run_in, place):
     stream, one, data = stuck(overflow="wait")
     outcome = run_in(place, lambda: (stream.write(b"one"), stream.write(b"two")))
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     turns(20)
     assert not outcome.ready()
     assert one.recv_exactly(FULL + 6) == data + b"onetwo"
@@ -766,7 +766,7 @@ def test_overflow_wait_in_the_hub_does_not_wait_but_closes(stuck, recorder, run_
 def test_overflow_wait_channel_that_waits_for_another_is_let_go_when_that_closes(stuck, recorder, run_in):
     stream, _, _ = stuck(overflow="wait")
     outcome = run_in("channel", lambda: stream.write(b"never"))
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     stream.abort()
     with pytest.raises(ChannelClosed):
         outcome.get(timeout=5)
@@ -821,7 +821,7 @@ def test_drain_waits_until_low_water(stuck, recorder, run_in, place):
         until(lambda: stream._own_mark >= 0)
     else:
         run_in(place, lambda: on_read(stream, b""))
-        until(lambda: len(stream._drainers) == 1)
+        until(lambda: len(stream._waiters) == 1)
     turns(10)
     assert recorder == []
     assert one.recv_exactly(FULL) == data
@@ -892,7 +892,7 @@ def test_drain_raises_channel_closed_when_it_is_closed_meanwhile(stuck, recorder
         until(lambda: stream._own_mark >= 0)
     else:
         run_in(place, lambda: on_read(stream, b""))
-        until(lambda: len(stream._drainers) == 1)
+        until(lambda: len(stream._waiters) == 1)
     getattr(one if how == "reset" else stream, how)()
     recorder.wait_for("on_close")
     recorder.wait_for("refused")
@@ -911,7 +911,7 @@ def test_end_while_somebody_drains_sends_all_and_drain_returns(stuck, recorder, 
         until(lambda: stream._own_mark >= 0)
     else:
         run_in(place, lambda: on_read(stream, b""))
-        until(lambda: len(stream._drainers) == 1)
+        until(lambda: len(stream._waiters) == 1)
     stream.end()
     assert one.recv_all() == data
     recorder.wait_for("on_close")
@@ -927,7 +927,7 @@ def test_drain_returns_when_the_peer_has_ended_and_read_everything(narrow, recor
     settle(stream)
     stream.high_water, stream.low_water = 2, 1
     outcome = run_in("greenlet", stream.drain)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     one.shutdown_output()
     until(lambda: not stream.connected)
     assert one.recv_all() == data_of(FULL)
@@ -939,10 +939,10 @@ def test_drain_after_end_and_after_write_eof_waits_too(stuck, recorder, run_in):
     stream, one, data = stuck()
     stream.write_eof()
     first = run_in("greenlet", stream.drain)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     stream.end()
     second = run_in("greenlet", stream.drain)
-    until(lambda: len(stream._drainers) == 2)
+    until(lambda: len(stream._waiters) == 2)
     assert one.recv_all() == data
     first.get(timeout=5)
     second.get(timeout=5)
@@ -952,15 +952,15 @@ def test_drain_of_several_greenlets_with_different_marks(stuck, run_in):
     stream, one, data = stuck()
     stream.low_water = 8 * KIB
     first = run_in("greenlet", stream.drain)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     stream.low_water = 60 * KIB
     second = run_in("greenlet", stream.drain)
-    until(lambda: len(stream._drainers) == 2)
+    until(lambda: len(stream._waiters) == 2)
     assert stream._room_at == 60 * KIB
     assert one.recv_exactly(FULL) == data
     first.get(timeout=5)
     second.get(timeout=5)
-    assert stream._drainers == ()
+    assert stream._waiters == ()
 
 
 def test_drain_from_another_thread_is_refused(narrow):
@@ -1260,7 +1260,7 @@ def test_pause_and_stall_use_no_cpu(stuck, recorder):
     stream.pause()
     one.send(b"waits in the kernel")
     gevent.spawn(stream.drain)
-    until(lambda: len(stream._drainers) == 1)
+    until(lambda: len(stream._waiters) == 1)
     turns()
     before = time.process_time()
     # Time must pass here: that nothing happens in it is what is tested.

@@ -337,4 +337,7 @@ def test_peer_that_sends_400_mib_and_reads_nothing_costs_no_more_than_32_mib(pro
     one.socket.settimeout(10.0)
     assert len(take(one, 8 * MIB)) == 8 * MIB
     # Others were never held up.
-    assert peer(("127.0.0.1", port)).send(b"hello\n") is None
+    other = peer(("127.0.0.1", port))
+    other.send(b"hello\n")
+    answer = b"hello\n" if kind == "echo" else b"hello" * 8
+    assert other.recv_exactly(len(answer))[: len(answer)] == answer

@@ -514,3 +514,36 @@ def test_interrupt_in_a_callback_leaves_start_with_its_traceback(server_of, peer
     with pytest.raises(SystemExit) as caught:
         Engine.instance().start()
     assert "deep" in [frame.name for frame in caught.traceback]
+
+
+# ---- What a subclass defines under a public name is its own
+
+
+def test_write_of_a_subclass_is_not_called_again_for_a_write_that_has_waited(server_of, peer):
+    class Ended(Connection):
+        write_limit = 1
+
+        def write(self, data, flush=False):
+            super().write(data + b"|", flush)
+
+    server = server_of(Ended)
+    one = peer(server, rcvbuf=4096)
+    until(lambda: server.channels)
+    stream = server.channels.values()[0]
+    many = 8 * KIB * KIB
+    stream.write(b"x" * many)
+    waiting = gevent.spawn(stream.write, b"two")
+    until(lambda: stream._waiters)
+    assert one.recv_exactly(many + 5)[-5:] == b"|two|"
+    waiting.get(timeout=5)
+
+
+def test_flush_of_a_subclass_is_not_called_by_write():
+    class Flushed(Stream):
+        def flush(self):
+            raise AssertionError
+
+    stream, end = connected_pair(Flushed)
+    stream.write(b"x", flush=True)
+    assert end.wait_for(1) == b"x"
+    stream.abort()

@@ -204,14 +204,14 @@ class Number(Framer[int]):
 
 
 @pytest.fixture(scope="module")
-def revealed(tmp_path_factory):
+def revealed(tmp_path_factory, pytestconfig):
     """Return what mypy says of each line of the programs: ``{name: {line: [messages]}}``."""
     pytest.importorskip("mypy")
     folder = tmp_path_factory.mktemp("typed")
     for name, text in PROGRAMS.items():
         (folder / f"{name}.py").write_text(HEAD + textwrap.dedent(text))
     # One run for all, and what it has learned about the library is kept for the next.
-    cache = Path(os.environ.get("TMPDIR", "/tmp"), f"pants_green-mypy-{os.getuid()}")
+    cache = pytestconfig.cache.mkdir("mypy")
     # As a user has it, to whom the library is installed: its own lines are not looked at, and gevent has no types.
     options = ["--config-file=", "--check-untyped-defs", "--follow-imports=silent", "--ignore-missing-imports", "--cache-dir", str(cache)]
     files = sorted(map(str, folder.glob("*.py")))
