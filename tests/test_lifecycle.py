@@ -13,8 +13,8 @@ from pants_green.errors import ChannelStateError
 #: Where each event leads from each state; "." where it makes no sense.
 STREAM_TABLE = """
             CONNECT     ESTABLISH  LISTEN  FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       CLOSE
-NEW         CONNECTING  OPEN       .       .              .            .                      CLOSED    CLOSED
-CONNECTING  .           OPEN       .       .              .            .                      CLOSED    CLOSED
+NEW         CONNECTING  OPEN       .       .              .            .                      .         CLOSED
+CONNECTING  .           OPEN       .       .              .            .                      .         CLOSED
 OPEN        .           .          .       READ_ONLY      ENDING       WRITE_ONLY             DRAINING  CLOSED
 READ_ONLY   .           .          .       .              DRAINING     DRAINING               DRAINING  CLOSED
 WRITE_ONLY  .           .          .       DRAINING       .            .                      DRAINING  CLOSED
