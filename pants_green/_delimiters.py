@@ -37,6 +37,9 @@ first = itemgetter(0)
 #: Bytes of a chunk up to which Struct cuts it out; it keeps a code for each.
 STRUCT_LIMIT = 8 * 1024
 
+#: What the categories of a pattern of bytes stand for.
+CATEGORIES = {"CATEGORY_SPACE": set(b" \t\n\r\f\v"), "CATEGORY_DIGIT": set(b"0123456789")}
+
 #: Bytes of a pattern's match from which on it counts as having no limit.
 LONGEST_MATCH = 64 * 1024
 
@@ -117,7 +120,7 @@ class Delimited(Splitter):
         end = data.find(self.delimiter, start + max(0, searched - self.room + 1) if searched else start)
         if end < 0:
             return None
-        if data.__class__ is bytes:
+        if type(data) is bytes:
             return data[start:end], end + self.room
         return bytes(memoryview(data)[start:end]), end + self.room
 
@@ -152,7 +155,7 @@ class Fixed(Splitter):
         end = start + size
         if len(data) < end:
             return size
-        if data.__class__ is bytes:
+        if type(data) is bytes:
             return data[start:end], end
         return bytes(memoryview(data)[start:end]), end
 
@@ -253,20 +256,26 @@ class SplitAt(Searched, Splitter):
 
     Args:
         most: bytes of the longest match, None if there is no limit: then a chunk that grows is searched from its start each
-            time, which `buffer_size` bounds.
+            time that a match can have come to its end, which `buffer_size` bounds.
+        ends: finds the bytes in which a match can end; None if these can be any.
     """
 
-    __slots__ = ("most",)
+    __slots__ = ("ends", "most")
 
     splits = True
 
-    def __init__(self, pattern: re.Pattern[bytes], most: int | None) -> None:
+    def __init__(self, pattern: re.Pattern[bytes], most: int | None, ends: re.Pattern[bytes] | None) -> None:
         super().__init__(pattern)
         self.most = most
+        self.ends = ends
 
     def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int] | None:
-        # A match may have begun in the last bytes that were searched before.
-        skip = max(0, searched - self.most + 1) if self.most is not None else 0
+        skip = 0
+        if searched:
+            if self.ends is not None and self.ends.search(data, start + searched) is None:
+                return None
+            if self.most is not None:  # a match may have begun in the last bytes that were searched before
+                skip = max(0, searched - self.most + 1)
         match = self.pattern.search(data, start + skip)
         if match is None:
             return None
@@ -299,15 +308,19 @@ class Matched(Framer[re.Match[bytes]]):
     Args:
         pattern: a compiled pattern of bytes that never matches the empty string.
         looks_around: whether it depends on more than the bytes it matches.
+        ends: finds the bytes in which a match can end; None if these can be any.
     """
 
-    __slots__ = ("looks_around", "pattern")
+    __slots__ = ("ends", "looks_around", "pattern")
 
-    def __init__(self, pattern: re.Pattern[bytes], looks_around: bool) -> None:
+    def __init__(self, pattern: re.Pattern[bytes], looks_around: bool, ends: re.Pattern[bytes] | None) -> None:
         self.pattern = pattern
         self.looks_around = looks_around
+        self.ends = ends
 
     def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[re.Match[bytes], int] | None:
+        if searched and self.ends is not None and self.ends.search(data, start + searched) is None:
+            return None
         with memoryview(data) as view, view[start:] as part:
             match = self.pattern.match(part)
             if match is None:
@@ -326,11 +339,19 @@ class Matched(Framer[re.Match[bytes]]):
             size = 64 + 4 * size
 
 
-def shape(pattern: re.Pattern[bytes]) -> tuple[int, int | None, bool]:
-    """Return the bytes of a pattern's shortest match and of its longest, None if it has no limit, and whether it looks around."""
+def shape(pattern: re.Pattern[bytes]) -> tuple[int, int | None, bool, re.Pattern[bytes] | None]:
+    """Tell what can be known of a pattern's matches beforehand.
+
+    Returns:
+        the bytes of the shortest; those of the longest, None if it has no limit; whether it looks around; and a pattern that finds
+        the bytes in which one can end, None if these can be any.
+    """
     parsed = pattern_parser.parse(pattern.pattern, pattern.flags)
     least, most = parsed.getwidth()
-    return least, most if most <= LONGEST_MATCH else None, _looks_around(parsed)
+    looks_around = _looks_around(parsed)
+    last = None if looks_around or pattern.flags & re.IGNORECASE else _last_bytes(parsed)
+    ends = None if not last else re.compile(b"[" + b"".join(re.escape(bytes([byte])) for byte in sorted(last)) + b"]")
+    return least, most if most <= LONGEST_MATCH else None, looks_around, ends
 
 
 def _looks_around(parsed: Any) -> bool:
@@ -338,6 +359,44 @@ def _looks_around(parsed: Any) -> bool:
     if isinstance(parsed, (pattern_parser.SubPattern, list, tuple)):
         return any(_looks_around(part) for part in parsed)
     return str(parsed) in ("AT", "ASSERT", "ASSERT_NOT")
+
+
+def _last_bytes(parsed: Any) -> set[int] | None:
+    """Return the bytes in which a match of a parsed pattern can end; None if these can be any, or it is hard to say."""
+    found: set[int] = set()
+    for element in reversed(list(parsed)):
+        last = _last_bytes_of(*element)
+        if last is None:
+            return None
+        found |= last
+        if pattern_parser.SubPattern(parsed.state, [element]).getwidth()[0]:
+            break  # what comes before it is not the last
+    return found
+
+
+def _last_bytes_of(kind: Any, what: Any) -> set[int] | None:
+    """Return the same for one element of a pattern."""
+    name = str(kind)
+    if name == "LITERAL":
+        return {what}
+    if name == "RANGE":
+        return set(range(what[0], what[1] + 1))
+    if name == "CATEGORY":
+        return CATEGORIES.get(str(what))
+    if name == "IN":
+        parts = [_last_bytes_of(*part) for part in what]
+    elif name == "BRANCH":
+        parts = [_last_bytes(part) for part in what[1]]
+    elif name in ("MAX_REPEAT", "MIN_REPEAT") or (name == "SUBPATTERN" and not what[1]):
+        parts = [_last_bytes(what[-1])]
+    else:
+        return None
+    found: set[int] = set()
+    for part in parts:
+        if part is None:
+            return None
+        found |= part
+    return found
 
 
 # ---- text
@@ -534,7 +593,7 @@ def _framer_for(delimiter: Any, encoding: str | None, regex_search: bool) -> Fra
 
 def _encoded(delimiter: str, encoding: str | None) -> bytes:
     if encoding is not None and "\n".encode(encoding) != b"\n":
-        hint = "a delimiter can be found among bytes only in an encoding of which ASCII is a part; give bytes, a number, or a Framer"
+        hint = "a str is found only in an encoding that writes ASCII as it is, such as 'utf-8'; give bytes, a number, or a Framer"
         raise ReadDelimiterValueError(f"read_delimiter is {delimiter!r} and encoding is {encoding!r}: {hint}")
     encoding = encoding or "utf-8"
     try:
@@ -546,14 +605,14 @@ def _encoded(delimiter: str, encoding: str | None) -> bytes:
 def _pattern_framer(pattern: re.Pattern[Any], encoding: str | None, regex_search: bool) -> Framer[Any]:
     if isinstance(pattern.pattern, str):
         pattern = _bytes_pattern(pattern, encoding)
-    least, most, looks_around = shape(pattern)
+    least, most, looks_around, ends = shape(pattern)
     if not least:
         raise ReadDelimiterValueError(f"read_delimiter is {pattern!r}, which can match the empty string, and so everywhere")
     if not regex_search:
-        return Matched(pattern, looks_around)
+        return Matched(pattern, looks_around, ends)
     if looks_around:
         return Searched(pattern) if encoding is None else Text(Searched(pattern), encoding)
-    return SplitAt(pattern, most) if encoding is None else SplitText(SplitAt(pattern, most), encoding)
+    return SplitAt(pattern, most, ends) if encoding is None else SplitText(SplitAt(pattern, most, ends), encoding)
 
 
 def _bytes_pattern(pattern: re.Pattern[str], encoding: str | None) -> re.Pattern[bytes]:

@@ -91,25 +91,30 @@ class Inbox:
     def next(self, framer: Framer[Any] | None) -> Any:
         """Hand out one chunk, or NOTHING if none is complete. No framer: all there is."""
         data = self.data
+        size = len(data)
         start = self.start
-        if framer is None:
-            return self.take_all() if len(data) > start else NOTHING
-        if len(data) - start < self.wanted or not data:
+        searched = self.searched
+        if not size or (searched and size - start < self.wanted):
             return NOTHING
-        found = framer.find(data, start, self.searched)
-        if found.__class__ is not tuple and not isinstance(found, tuple):
+        if framer is None:
+            return self.take_all()
+        found = framer.find(data, start, searched)
+        if type(found) is not tuple and not isinstance(found, tuple):
             if found is not None and not isinstance(found, int):
                 hint = "it returns (chunk, end), the number of bytes it needs at least, or None"
                 raise TypeError(f"{framer!r}.find() returned {found!r}; {hint}")
-            self.searched = len(data) - start
+            self.searched = size - start
             self.wanted = found or 0
             self._compact()
             return NOTHING
         chunk, end = found
-        if not start < end <= len(data):
-            raise ValueError(f"{framer!r}.find() returned {end} as the end of a chunk that begins at {start}, of {len(data)} bytes")
-        self.searched = self.wanted = 0
-        if end == len(data):
+        if type(end) is not int:
+            raise TypeError(f"{framer!r}.find() returned {end!r} as the end of a chunk; give a position in the data, an int")
+        if not start < end <= size:
+            raise ValueError(f"{framer!r}.find() returned {end} as the end of a chunk that begins at {start}, of {size} bytes")
+        if searched:
+            self.searched = self.wanted = 0
+        if end == size:
             self.data = b""
             end = 0
         self.start = end

@@ -149,16 +149,20 @@ def wrote_much(stream: "Stream[...]", data: bytes) -> bool:
     else:
         _wait_in_line(stream, mark, limit - 1)
     if not stream._state.writable:
-        closed = ChannelClosed(f"write() on {stream!r}: it ended while this waited for room ({stream._close_reason})", stream)
+        why = stream._close_reason or "write_eof() was called"
+        closed = ChannelClosed(f"write() on {stream!r}: its output ended while this waited for room ({why})", stream)
         closed._no_mistake = own
-        raise closed
+        try:
+            raise closed
+        finally:
+            del closed  # else its traceback holds this frame, and this frame it, with the stream and its greenlet
     return True
 
 
 def _turn_away(stream: "Stream[...]", data: bytes) -> None:
     """Do with a write for which there is no room what `overflow` says."""
     if stream._overflow == "drop":
-        stream.writes_dropped += 1
+        stream._writes_dropped += 1
         stream._log(logging.DEBUG, "a write of %d bytes was dropped", len(data), event="write_dropped")
     elif stream._socket is not None:
         size, limit = stream._pending, stream._write_limit

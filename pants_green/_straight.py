@@ -14,7 +14,7 @@ from pants_green._lifecycle import CONNECTING, NEW, OPEN, READ_ONLY
 from pants_green._room import wait_for_room
 from pants_green._settings import seconds
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, TURN
-from pants_green.errors import ChannelClosed, ChannelStateError, ReadTimeout, StreamBufferOverflow
+from pants_green.errors import ChannelClosed, ChannelStateError, InvalidReadDelimiterError, ReadTimeout, StreamBufferOverflow
 from pants_green.framing import Framer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     """Return one chunk; see `Stream.read`."""
     framer = _framer(stream, delimiter)
     if timeout != 0 or isinstance(timeout, bool):
-        timeout = seconds("timeout", timeout)
+        timeout = seconds(f"read() on {stream!r}: timeout (which may be 0, too)", timeout)
     _check_place(stream)
     inbox = stream._inbox
     # What the batch still holds comes first. From now on chunks are found one by one, so that the outer loop and this one can
@@ -43,9 +43,11 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     inbox.put_back(stream._framer)
     inbox.forget_search()
     stream._attention = INTERRUPTED  # the outer loop has to notice
+    stream._in_read = True
     try:
         return _next(stream, framer, timeout)
     finally:
+        stream._in_read = False
         inbox.forget_search()
 
 
@@ -56,7 +58,10 @@ def _framer(stream: "Stream[...]", delimiter: Any) -> Framer[Any] | None:
     elif delimiter is None and stream._decoder is not None and stream._decoder.encoding == stream._encoding:
         framer = stream._decoder
     else:
-        framer = framer_for(delimiter, stream._encoding, stream._regex_search)
+        try:
+            framer = framer_for(delimiter, stream._encoding, stream._regex_search)
+        except InvalidReadDelimiterError as error:
+            raise type(error)(f"read() on {stream!r}, its delimiter: {error}") from None
         if isinstance(framer, Incremental):
             stream._decoder = framer  # it knows what the text so far has told of the encoding
     return framer
@@ -128,7 +133,10 @@ def _find(stream: "Stream[...]", framer: Framer[Any] | None) -> Any:
             message = f"read() on {stream!r}: {waiting} bytes wait for their delimiter; buffer_size allows {allowed}"
             overflow = StreamBufferOverflow(message, waiting, allowed)
             overflow._no_mistake = True
-            raise overflow
+            try:
+                raise overflow
+            finally:
+                del overflow
     return chunk
 
 
@@ -153,7 +161,10 @@ def _leave(stream: "Stream[...]", why: str, cause: BaseException | None = None, 
     closed = ChannelClosed(f"read() on {stream!r}: {why}", stream)
     closed._no_mistake = True
     closed._at_end = at_end
-    raise closed from cause
+    try:
+        raise closed from cause
+    finally:
+        del closed, cause  # else its traceback holds this frame, and this frame it, with the stream and its greenlet
 
 
 class _Alarm:

@@ -186,11 +186,15 @@ class StreamState(StreamCallbacks[Chunk]):
 
     #: Whether a pattern is searched for, and ``on_read`` gets what is before it; else it has to match from the start of the
     #: chunk on, and ``on_read`` gets the match object. A match is taken as soon as there is one: let a pattern end in something
-    #: that cannot go on (``\\r?\\n``, not ``\\n+``), for what comes next may not have arrived.
+    #: that cannot go on (``\\r?\\n``, not ``\\n+``), for what comes next may not have arrived. One without a longest match, one
+    #: that looks at what is beside it, and one that has to match from the start on, is tried again on all that waits whenever
+    #: something comes: keep `buffer_size` small with these.
     regex_search = RegexSearch(True, truth)
 
     #: The encoding of the text that ``on_read`` gets instead of bytes, such as ``"utf-8"``; None: bytes. Each chunk is cut as
-    #: bytes and then decoded whole; a str delimiter, and what ``write()`` gets as str, are encoded.
+    #: bytes and then decoded whole; a str delimiter, and what ``write()`` gets as str, are encoded, each by itself: "utf-16" would
+    #: put a byte order mark in front of every write, "utf-16-le" does not. In double-byte encodings (shift_jis, gbk, big5) only
+    #: control characters, such as "\\n", are safe as delimiters: others are parts of characters, too.
     encoding = Encoding(None, check_encoding)
 
     #: Bytes that may wait for their delimiter; more are an overflow. A delimiter that tells how large its chunks may be raises
@@ -210,14 +214,13 @@ class StreamState(StreamCallbacks[Chunk]):
 
     #: What becomes of a ``write()`` above `write_limit`. One made by the stream's own callbacks, or by a greenlet of yours,
     #: waits for room in any case. For callbacks of other channels and timers, "close": the stream is closed, see
-    #: ``on_overflow_error``; "drop": the write is dropped, and counted in `writes_dropped`; "wait": the caller waits, too.
+    #: ``on_overflow_error``; "drop": the write is dropped, and counted in `writes_dropped`; "wait": the caller waits, too, but in
+    #: the hub, where nobody can, that is "close". What ``call_from_thread`` runs counts as a timer.
     overflow: Setting[str] = Setting("close", one_of("close", "drop", "wait"))
 
     #: Seconds for which the peer may take none of the pending output; None: no limit. See ``on_timeout``.
     write_timeout: Setting[float | None] = TimeLimit(60.0, seconds)
 
-    #: How many writes were dropped, for `overflow` is "drop".
-    writes_dropped: int = 0
 
     #: Whether the stream stays open, for writing, when the peer has ended its side.
     allow_half_open: bool = False
@@ -236,6 +239,9 @@ class StreamState(StreamCallbacks[Chunk]):
     _own_mark = -1
     #: Of `_own_output`, what the latest ``read()`` of this callback has seen; -1 if there was none.
     _own_seen = -1
+    #: Whether a callback is in ``read()``.
+    _in_read = False
+    _writes_dropped = 0
     #: Bytes that were dropped when the stream was closed.
     _unsent = 0
     _decoder: Incremental | None = None
@@ -346,6 +352,11 @@ class StreamState(StreamCallbacks[Chunk]):
     def _describe(self) -> str:
         remote = self.remote_address
         return self._state.value if remote is None else f"{self._state.value} to {format_address(remote)}"
+
+    @property
+    def writes_dropped(self) -> int:
+        """How many writes were dropped, for `overflow` is "drop"."""
+        return self._writes_dropped
 
     # ---- what moves it
 

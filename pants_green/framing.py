@@ -6,7 +6,7 @@ A framer of your own is a subclass of `Framer` with one method. This one reads l
 
     class Escaped(Framer[bytes]):
         def find(self, data, start, searched):
-            end = data.find(b"\\n", start)
+            end = data.find(b"\\n", start + searched)
             while end > start and data[end - 1 : end] == b"\\\\":
                 end = data.find(b"\\n", end + 1)
             return None if end < 0 else (bytes(data[start:end]), end + 1)
@@ -38,7 +38,7 @@ class Framer(ABC, Generic[T_co]):
     Attributes:
         room: bytes that may wait for one chunk even if ``buffer_size`` is less.
         spread: whether a chunk is a tuple of which ``on_read`` gets the elements as arguments.
-        splits: whether it can cut a whole receive at once; see `Splitter` in ``_delimiters``.
+        splits: True for the library's own that can cut a whole receive at once.
     """
 
     __slots__ = ()
@@ -91,6 +91,16 @@ class Counted(Framer[bytes]):
 
     def _key(self) -> tuple[Any, ...]:
         return (self.max_size,)
+
+    def _bytes_of(self, data: Any) -> bytes:
+        """Return what is to be packed as bytes, whose length is that of what is sent."""
+        if isinstance(data, bytes):
+            return data
+        try:
+            return memoryview(data).tobytes()
+        except TypeError:
+            hint = "encode it first" if isinstance(data, str) else "give something bytes-like"
+            raise TypeError(f"{self!r}.pack() takes bytes, not {type(data).__name__}; {hint}") from None
 
     def _check(self, size: int) -> None:
         if self.max_size is not None and size > self.max_size:
@@ -184,6 +194,7 @@ class LengthPrefix(Counted):
         Raises:
             ValueError: the length does not fit into the format, or `data` is less than the `offset`.
         """
+        data = self._bytes_of(data)
         if len(data) < self.offset:
             raise ValueError(f"{len(data)} bytes are less than the {self.offset} in front of the length; data begins with these")
         try:
@@ -247,6 +258,7 @@ class Netstring(Counted):
 
     def pack(self, data: bytes) -> bytes:
         """Return `data` as a netstring."""
+        data = self._bytes_of(data)
         return b"%d:%b," % (len(data), data)
 
 
@@ -288,6 +300,7 @@ class Varint(Counted):
 
     def pack(self, data: bytes) -> bytes:
         """Return `data` with its length in front."""
+        data = self._bytes_of(data)
         size = len(data)
         prefix = bytearray()
         while size > 0x7F:

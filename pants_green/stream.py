@@ -229,6 +229,7 @@ class Stream(StreamState[Chunk]):
         reader = self._reader
         size = self._receive_size
         turn_began = 0.0
+        self._own_output = 0  # what on_connect has written does not stop reading
         while True:
             if self._attention is not None:
                 if not self._attend():
@@ -442,12 +443,17 @@ class Stream(StreamState[Chunk]):
                 self._run_posted()
             if self._state is not OPEN and self._state is not READ_ONLY:
                 return False
-            if not self._paused:
-                self._attention = None
-                if self._own_seen >= 0:
-                    self._own_seen = -1
+            if self._paused:
+                self._wait()
+                continue
+            self._attention = None
+            if self._own_seen < 0:
                 return True
-            self._wait()
+            # The callback has used read(), and so received without coming by where the read loop looks after its output.
+            self._own_seen = -1
+            if self._own_output and self._pending > self._high_water:
+                self._hold_reading(min(self._low_water, self._high_water))
+            self._own_output = 0
 
     @overload
     def read(self, delimiter: Struct, timeout: float | None = None) -> tuple[Any, ...]: ...
@@ -477,8 +483,8 @@ class Stream(StreamState[Chunk]):
             ReadTimeout: (TimeoutError) no whole chunk came in time. Nothing is lost: what has come is read next.
             ChannelClosed: (RuntimeError) the peer has ended its side and no whole chunk is left, or the stream was closed
                 meanwhile. If the callback lets it pass that is no error; ``on_end`` and ``on_close`` follow.
-            StreamBufferOverflow: more than `buffer_size` came without the delimiter. It becomes ``on_overflow_error`` if the
-                callback lets it pass.
+            StreamBufferOverflow: more than `buffer_size` came without the delimiter. If the callback lets it pass it becomes
+                ``on_overflow_error``, and the stream is closed.
             ChannelStateError: (RuntimeError) it was called in another greenlet, or in ``on_end`` or ``on_close``.
             InvalidReadDelimiterError: (TypeError or ValueError) nothing can be cut by that delimiter.
         """
@@ -625,7 +631,11 @@ class Stream(StreamState[Chunk]):
 
     def _as_bytes(self, data: Any) -> bytes:
         if isinstance(data, str):
-            return data.encode(self._encoding or "utf-8")
+            try:
+                return data.encode(self._encoding or "utf-8")
+            except UnicodeEncodeError as error:
+                error.reason += f"; write() on {self!r} takes what its encoding, {self._encoding or 'utf-8'}, can say"
+                raise
         try:
             view = memoryview(data)
         except TypeError:
@@ -647,6 +657,7 @@ class Stream(StreamState[Chunk]):
         """Wait, if more than `high_water` bytes are pending, until no more than `low_water` are. In any greenlet; only it waits.
 
         What a stream writes that passes on what it reads, or makes more than its peer may take, should be drained now and then.
+        After ``end()`` it returns at once in the stream's own callbacks: what is left is sent in any case.
 
         Raises:
             ChannelClosed: (RuntimeError) the stream is not connected, or was closed before its output was sent.
@@ -664,7 +675,12 @@ class Stream(StreamState[Chunk]):
             raise ChannelStateError(f"drain() on {self!r} was called in the hub, which must not wait; call it in a greenlet")
         wait_for_room(self, min(self._low_water, self._high_water))
         if self._socket is None and self._unsent:
-            raise ChannelClosed(f"drain() on {self!r}: it was closed before everything was sent ({self._close_reason})", self)
+            closed = ChannelClosed(f"drain() on {self!r}: it was closed before everything was sent ({self._close_reason})", self)
+            closed._no_mistake = getcurrent() is self._greenlet
+            try:
+                raise closed
+            finally:
+                del closed
 
     def _flush_all(self) -> None:
         """Send until the kernel takes no more, also if the write watcher waits already."""
@@ -734,15 +750,20 @@ class Stream(StreamState[Chunk]):
             elif self._state is not CLOSED and self._write_timeout is not None:
                 self._keep_posted("on_timeout", which)
                 self._shut(CloseReason.TIMED_OUT, self._limit_error(which))
-        elif self._inbox.data and self._read_timeout is not None:
+        elif self._inbox.data and self._read_timeout is not None and not self._in_read:
             self._limit(which, self._read_timeout)
             if self._waiting and self._own_mark < 0 and not self._paused:
-                self._post("on_timeout", which)
+                self._post("_read_overdue")
+
+    def _read_overdue(self) -> None:
+        """Posted: tell of the chunk that has not come whole, unless it has come meanwhile."""
+        if self._inbox.data:
+            self._call("on_timeout", "read")
 
     def _limit_changed(self, which: str) -> None:
         """A limit has to run anew, or from now on, or no more."""
         seconds = self._read_timeout if which == "read" else self._write_timeout
-        running = self._sending if which == "write" else self._inbox.data and (self._waiting or self._paused)
+        running = self._sending if which == "write" else self._inbox.data and not self._in_read and (self._waiting or self._paused)
         if seconds is not None and running:
             self._limit(which, seconds)
         elif self._limits is not None:
@@ -901,6 +922,7 @@ class Stream(StreamState[Chunk]):
             self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._unsent, reason, event="dropped")
         if self._limits is not None:
             self._limits.cancel()
+            self._limits = None  # it holds the stream
         if self._socket is not None:
             self._drop_socket(reset)
         if self._waiters:

@@ -8,6 +8,8 @@ import struct
 from struct import Struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from waiting import nothing_is_kept  # noqa: F401
 
 from pants_green import Stream, _inbox
@@ -463,7 +465,7 @@ BAD = [
     ({"read_delimiter": re.compile(r"\u00e9"), "encoding": "latin-1"}, ValueError, "no counterpart of bytes"),
     ({"read_delimiter": re.compile(r"(?u)a"), "encoding": "latin-1"}, ValueError, "no counterpart of bytes"),
     ({"read_delimiter": re.compile(r"a"), "encoding": "utf-16"}, ValueError, "of which ASCII is a part"),
-    ({"read_delimiter": "\n", "encoding": "utf-16"}, ValueError, "of which ASCII is a part; give bytes, a number, or a Framer"),
+    ({"read_delimiter": "\n", "encoding": "utf-16"}, ValueError, "writes ASCII as it is.*; give bytes, a number, or a Framer"),
     ({"read_delimiter": "€", "encoding": "latin-1"}, ValueError, "latin-1 cannot encode"),
     ({"read_delimiter": "\ud800"}, ValueError, "utf-8 cannot encode"),
     ({"read_delimiter": LengthPrefix}, TypeError, r"give an instance, such as LengthPrefix\(\)"),
@@ -957,7 +959,7 @@ def test_costly_pattern_is_cut_off_by_buffer_size(recorder):
 
     pattern = re.compile(rb"a+b")
     stream, end = memory_pair(watching(recorder, buffer_size=4096))
-    stream.read_delimiter = Costly(pattern, shape(pattern)[1])
+    stream.read_delimiter = Costly(pattern, shape(pattern)[1], None)
     for _ in range(1000):
         end.send(b"a" * 100)
     with pytest.raises(BrokenPipeError):
@@ -1153,7 +1155,7 @@ class CountedPattern:
 
 
 def counted_pattern(pattern):
-    return lambda size: SplitAt(CountedPattern(re.compile(pattern)), shape(re.compile(pattern))[1])
+    return lambda size: SplitAt(CountedPattern(re.compile(pattern)), shape(re.compile(pattern))[1], None)
 
 
 GROWING = [
@@ -1239,7 +1241,7 @@ def test_many_short_frames_one_by_one_are_not_copied_again_for_each(make):
     ("pattern", "most"), [(rb"\r?\n", 2), (rb"a{3}(b|cd)", 5), (rb"a+", None), (rb"(a|bc){1,9}", 18), (rb"(ab?)\1", 4)]
 )
 def test_shape_tells_how_long_a_match_can_be(pattern, most):
-    assert shape(re.compile(pattern))[1:] == (most, False)
+    assert shape(re.compile(pattern))[1:3] == (most, False)
 
 
 @pytest.mark.parametrize(
@@ -1271,3 +1273,72 @@ def test_read_in_a_callback_that_is_no_on_read_searches_what_waits_again(one_by_
     end.close()
     end.wait_for()
     assert recorder == [(b"Pone", b"two")]
+
+
+# ---- Patterns without a longest match
+
+#: Patterns, and the bytes in which their matches can end; None if any.
+LAST_BYTES = [
+    (rb"\r*\n", b"\n"),
+    (rb"a+b?", b"ab"),
+    (rb"(?:x|yz)+", b"xz"),
+    (rb"(a|b)c*", b"abc"),
+    (rb"[,;]\s*", b",; \t\n\r\f\v"),
+    (rb"x[0-3]{2,}", b"0123"),
+    (rb"\d+-?", b"0123456789-"),
+    (rb".*?\n", b"\n"),
+    (rb"x.", None),
+    (rb"a[^b]", None),
+    (rb"(?i)a", None),
+    (rb"(a)\1", None),
+    (rb"\n(?=x)", None),
+    (rb"x\w", None),
+    (rb"(?i:a)", None),
+]
+
+
+@pytest.mark.parametrize(("pattern", "last"), LAST_BYTES, ids=repr)
+def test_last_bytes_of_a_pattern_are_known(pattern, last):
+    ends = shape(re.compile(pattern))[3]
+    assert (None if ends is None else {byte for byte in range(256) if ends.match(bytes([byte]))}) == (None if last is None else set(last))
+
+
+class Unsearched:
+    """Stands for a pattern that must not be tried."""
+
+    def search(self, *args):
+        raise AssertionError
+
+    match = search
+
+
+@pytest.mark.parametrize("regex_search", [True, False])
+def test_pattern_without_a_longest_match_is_not_tried_again_before_it_can_end(regex_search):
+    framer = framer_for(re.compile(rb"[^\n]*\r*\n" if not regex_search else rb"\r*\n"), regex_search=regex_search)
+    assert framer.find(b"x" * 10, 0, 0) is None
+    pattern, framer.pattern = framer.pattern, Unsearched()
+    try:
+        assert framer.find(b"x" * 20 + b"\r", 0, 10) is None
+    finally:
+        framer.pattern = pattern
+    assert framer.find(b"x" * 20 + b"\r\n", 0, 21)[1] == 22
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([rb"\r*\n", rb"-+>", rb"(?:ab|-)*\n", rb"a?-{2,}\n", rb"[ab]*>"]),
+    st.lists(st.text("ab->\r\n", max_size=6).map(str.encode), max_size=12),
+)
+def test_pattern_without_a_longest_match_cuts_as_the_plainest_search_does(pattern, pieces):
+    compiled, buffer, wanted = re.compile(pattern), b"", []
+    for piece in pieces:
+        buffer += piece
+        while match := compiled.search(buffer):
+            wanted.append(buffer[: match.start()])
+            buffer = buffer[match.end() :]
+    inbox, framer, got = Inbox(one_by_one=True), framer_for(compiled), []
+    for piece in pieces:
+        inbox.append(piece)
+        while (chunk := inbox.next(framer)) is not NOTHING:
+            got.append(chunk)
+    assert (got, inbox.take_all()) == (wanted, buffer)

@@ -1,10 +1,13 @@
 """Defects that a review found, and that are not to come back."""
 
+import array
 import contextvars
 import dataclasses
+import gc
 import logging
 import traceback
 import weakref
+from struct import Struct
 from unittest import mock
 
 import gevent
@@ -17,8 +20,9 @@ from gevent.event import Event
 from peers import PlainSocket, family_of
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
 
-from pants_green import ChannelStateError, Client, Connection, Engine, Server, Stream, StreamServer, _sockets
+from pants_green import ChannelClosed, ChannelStateError, Client, Connection, Engine, Server, Stream, StreamServer, _sockets
 from pants_green._scheduler import Scheduler
+from pants_green.framing import LengthPrefix, Netstring, Varint
 from pants_green.testing import memory_pair
 
 KIB = 1024
@@ -546,4 +550,132 @@ def test_flush_of_a_subclass_is_not_called_by_write():
     stream, end = connected_pair(Flushed)
     stream.write(b"x", flush=True)
     assert end.wait_for(1) == b"x"
+    stream.abort()
+
+
+# ---- What read(), and a write() that waits, leave behind
+
+
+@pytest.mark.parametrize("where", ["on_connect", "on_read"])
+@pytest.mark.parametrize("caught", [False, True])
+def test_greenlet_is_used_again_after_a_read_that_the_peers_end_cut_short(server_of, peer, recorder, where, caught):
+    def reads(stream, *data):
+        try:
+            stream.read(b"never", timeout=30)
+        except ChannelClosed:
+            if not caught:
+                raise
+
+    server = server_of(recorder.of(Connection, "on_close", **{where: reads}))
+    pool = Engine.instance()._pool
+    gc.disable()
+    try:
+        for number in range(1, 11):
+            one = peer(server)
+            one.send(b"x")
+            until(lambda: server.channels)
+            one.close()
+            recorder.wait_for(lambda events, number=number: len(events) == number)
+            turns(2)
+            if number == 2:
+                made = pool.made
+        assert pool.made == made
+        assert not [one for one in gc.get_objects() if isinstance(one, Connection)]
+    finally:
+        gc.enable()
+
+
+def test_stream_whose_output_stalled_is_freed_when_it_is_closed():
+    stream, end = connected_pair(Stream, capacity=10)
+    stream.write(b"x" * 100)
+    turns()
+    assert stream._limits is not None
+    stream.abort()
+    turns()
+    alive = weakref.ref(stream)
+    gc.disable()
+    try:
+        del stream, end
+        turns()
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_answers_to_bodies_that_were_read_hold_up_reading(server_of, peer):
+    """A header by on_read, its body by read(), an answer: the peer who takes no answers is read no more."""
+
+    class Bodies(Connection):
+        read_delimiter = Struct("!I")
+
+        def on_read(self, size):
+            self.write(self.read(size))
+
+    server = server_of(Bodies)
+    one = peer(server, rcvbuf=4096)
+    one.socket.setblocking(False)
+    frame = (100_000).to_bytes(4, "big") + bytes(100_000)
+    data, still = memoryview(frame * 400), 0
+    most = 0
+    while still < 30 and data:
+        try:
+            data = data[one.socket.send(data) :]
+            still = 0
+        except BlockingIOError:
+            still += 1
+        gevent.sleep(0.001)
+        most = max(most, *(unsent(stream) for stream in server.channels.values() or [Stream()]))
+    assert data, "everything was taken"
+    assert most < 1_000_000
+
+
+def test_read_timeout_does_not_begin_while_a_callback_reads(recorder):
+    def on_connect(stream):
+        stream.pause()
+        stream.engine.defer(0.05, stream.resume)
+        recorder(stream.read(b"\n"))
+        stream.read_timeout = 30.0
+        recorder("done")
+
+    stream, end = memory_pair(recorder.of(Stream, "on_timeout", on_connect=on_connect, read_timeout=0.1))
+    end.send(b"par")
+    gevent.sleep(0.3)  # three times the limit: time must pass here
+    end.send(b"tial\n")
+    recorder.wait_for("done")
+    assert recorder == [b"partial", "done"]
+    assert stream.connected
+    stream.abort()
+
+
+def test_drain_in_its_own_callback_that_a_close_ends_is_no_error(server_of, peer, recorder, caplog):
+    def on_read(stream, data):
+        stream.write(bytes(8 * KIB * KIB))
+        stream.engine.defer(0.01, stream.close)
+        stream.drain()
+
+    one = peer(server_of(recorder.of(Connection, "on_error", "on_close", on_read=on_read)), rcvbuf=4096)
+    one.send(b"x")
+    recorder.wait_for("on_close")
+    assert recorder == [("on_close",)]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("packer", [LengthPrefix("!H"), Netstring(), Varint()], ids=repr)
+def test_pack_counts_bytes_and_refuses_text(packer):
+    numbers = array.array("I", [1, 2])
+    assert packer.pack(numbers) == packer.pack(numbers.tobytes())
+    with pytest.raises(TypeError, match=r"pack\(\) takes bytes, not str; encode it first"):
+        packer.pack("text")
+
+
+def test_read_tells_that_its_own_argument_is_wrong(recorder):
+    def on_connect(stream):
+        for delimiter, timeout in ((0, None), (b"x", -1)):
+            with pytest.raises(ValueError, match=r"^read\(\) on <") as refused:
+                stream.read(delimiter, timeout)
+            recorder("delimiter" in str(refused.value), "timeout" in str(refused.value))
+
+    stream, _ = memory_pair(recorder.of(Stream, "on_close", on_connect=on_connect))
+    recorder.wait_for(2)
+    assert recorder == [(True, False), (False, True)]
     stream.abort()
