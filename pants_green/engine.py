@@ -24,6 +24,7 @@ from greenlet import getcurrent
 from pants_green._lifecycle import CLOSED
 from pants_green._pool import Pool
 from pants_green._scheduler import HubTimer, Scheduler
+from pants_green._signals import wake_for_signals
 from pants_green._timers import Timer
 from pants_green.errors import ChannelStateError, WrongThreadError
 
@@ -141,10 +142,12 @@ class Engine:
         # The hub would print a Ctrl-C before it is raised here.
         not_errors = self._hub.NOT_ERROR
         self._hub.NOT_ERROR = (*not_errors, KeyboardInterrupt)
+        wake_no_more = wake_for_signals(self._loop)
         try:
             while not self._stopping:
                 self._hub.switch()
         finally:
+            wake_no_more()
             self._runner = None
             self._hub.NOT_ERROR = not_errors
             keep_alive.stop()

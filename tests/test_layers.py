@@ -21,7 +21,7 @@ FLOORS = [
     {"framing": "", "_outbox": "", "_lifecycle": "", "_timers": "", "_settings": "", "_address": "os socket"},
     {"_inbox": "", "_delimiters": ""},
     # Each outside thing has one door.
-    {"_sockets": "gevent os socket", "_tls": "ssl", "_pool": "greenlet threading", "_scheduler": "logging"},
+    {"_sockets": "gevent os socket", "_tls": "ssl", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"engine": "contextvars gevent greenlet logging os threading time"},
     {"channel": "greenlet logging", "_linger": "", "_limits": ""},
     {"_callbacks": "logging"},

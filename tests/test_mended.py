@@ -5,6 +5,8 @@ import contextvars
 import dataclasses
 import gc
 import logging
+import os
+import signal
 import traceback
 import weakref
 from struct import Struct
@@ -17,7 +19,7 @@ from children import Child, free_port
 from children import Peer as BlockingPeer
 from gevent import ssl as gevent_ssl
 from gevent.event import Event
-from peers import PlainSocket, family_of
+from peers import PlainSocket, family_of, in_thread
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
 
 from pants_green import ChannelClosed, ChannelStateError, Client, Connection, Engine, Server, Stream, StreamServer, _sockets
@@ -566,7 +568,8 @@ def test_greenlet_is_used_again_after_a_read_that_the_peers_end_cut_short(server
             if not caught:
                 raise
 
-    server = server_of(recorder.of(Connection, "on_close", **{where: reads}))
+    kind = recorder.of(Connection, "on_close", **{where: reads})
+    server = server_of(kind)
     pool = Engine.instance()._pool
     gc.disable()
     try:
@@ -580,7 +583,7 @@ def test_greenlet_is_used_again_after_a_read_that_the_peers_end_cut_short(server
             if number == 2:
                 made = pool.made
         assert pool.made == made
-        assert not [one for one in gc.get_objects() if isinstance(one, Connection)]
+        assert not [one for one in gc.get_objects() if type(one) is kind]
     finally:
         gc.enable()
 
@@ -679,3 +682,48 @@ def test_read_tells_that_its_own_argument_is_wrong(recorder):
     recorder.wait_for(2)
     assert recorder == [(True, False), (False, True)]
     stream.abort()
+
+
+# ---- A signal that comes when the hub is about to wait
+
+
+def test_signals_wake_the_hub_while_the_engine_runs_and_only_then():
+    engine, seen = Engine.instance(), []
+
+    def look():
+        seen.append(signal.set_wakeup_fd(-1))
+        signal.set_wakeup_fd(seen[0])
+        seen.append(os.write(seen[0], b"\2"))  # what Python does when a signal comes
+        gevent.sleep(0.01)
+        engine.stop()
+
+    engine.callback(look)
+    engine.start()
+    assert seen[0] >= 0
+    assert seen[1] == 1
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_wake_up_descriptor_of_somebody_else_is_left_alone():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    try:
+        Engine.instance().defer(0.01, Engine.instance().stop)
+        Engine.instance().start()
+        assert signal.set_wakeup_fd(-1) == writer
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_engine_of_another_thread_starts_without_signals():
+    def run():
+        engine = Engine.instance()
+        engine.defer(0.01, engine.stop)
+        engine.start()
+        gevent.get_hub().destroy()
+        return "done"
+
+    assert in_thread(run) == "done"
