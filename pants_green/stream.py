@@ -430,6 +430,7 @@ class Stream(StreamState[Chunk]):
 
     def _input_senseless(self, error: Exception) -> None:
         """What came cannot be cut or decoded: nothing behind it can be, either."""
+        self._inbox.batch = None  # what it still holds is of no use to anybody
         if self._state is CLOSED:
             return
         too_long = isinstance(error, StreamBufferOverflow)

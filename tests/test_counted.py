@@ -20,6 +20,7 @@ import gevent
 import gevent.socket
 import gevent.subprocess
 import pytest
+from echoes import Echo, EchoLines
 from gevent.event import Event
 from greenlet import getcurrent, greenlet
 from peers import PlainSocket, in_thread
@@ -120,18 +121,6 @@ def ledger():
     counted = Ledger()
     yield counted
     counted.clear()
-
-
-class Echo(Connection):
-    def on_read(self, data):
-        self.write(data)
-
-
-class EchoLines(Connection):
-    read_delimiter = b"\n"
-
-    def on_read(self, line):
-        self.write(line + b"\n")
 
 
 class Relay(Connection):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import socket as stdlib_socket
 import time
 
@@ -1254,7 +1253,6 @@ def test_pause_half_open_write_only_is_not_disturbed(server_of, peer, recorder):
     recorder.wait_for("on_close")
 
 
-@pytest.mark.skipif(not hasattr(os, "times"), reason="looks at CPU time")
 def test_pause_and_stall_use_no_cpu(stuck, recorder):
     stream, one, _ = stuck()
     stream.pause()

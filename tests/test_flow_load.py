@@ -7,6 +7,7 @@ import time
 
 import gevent
 import pytest
+from echoes import Echo, EchoLines
 from gevent import monkey
 from peers import in_thread
 from test_load import Program
@@ -57,18 +58,6 @@ def program():
     yield start
     for one in programs:
         one.close()
-
-
-class Echo(Connection):
-    def on_read(self, data):
-        self.write(data)
-
-
-class EchoLines(Connection):
-    read_delimiter = b"\n"
-
-    def on_read(self, line):
-        self.write(line + b"\n")
 
 
 class Drained(Connection):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import gevent.subprocess
 import pytest
+from echoes import Echo, EchoLines
 from gevent import monkey
 from peers import Peer, PlainSocket, in_thread
 
@@ -157,18 +158,6 @@ def descriptors():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield sys.maxsize if hard == resource.RLIM_INFINITY else hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-class Echo(Connection):
-    def on_read(self, data):
-        self.write(data)
-
-
-class EchoLines(Connection):
-    read_delimiter = b"\n"
-
-    def on_read(self, line):
-        self.write(line + b"\n")
 
 
 # ---- many at once

@@ -727,3 +727,12 @@ def test_engine_of_another_thread_starts_without_signals():
         return "done"
 
     assert in_thread(run) == "done"
+
+
+def test_batch_that_cannot_be_decoded_to_its_end_is_not_kept(recorder):
+    kind = recorder.of(Stream, "on_read", "on_read_error", "on_close", read_delimiter=b"\n", encoding="utf-8")
+    stream, end = memory_pair(kind)
+    end.send(b"fine\n\xff\nlost\n")
+    recorder.wait_for("on_close")
+    assert recorder.names() == ["on_read", "on_read_error", "on_close"]
+    assert stream._inbox.batch is None
