@@ -19,7 +19,6 @@ import gevent
 import gevent.socket
 from gevent import monkey
 from greenlet import greenlet
-from memory import peak, resident
 
 from pants_green import Connection, Engine, Server, Stream
 from pants_green._lifecycle import CloseReason
@@ -28,6 +27,8 @@ PlainSocket = monkey.get_original("socket", "socket")
 
 #: Seconds after which it ends in any case.
 LAST_RESORT = 60.0
+
+PAGE = resource.getpagesize()
 
 #: Not a round number, so that a block more or less shows.
 BLOCK = random.Random(5).randbytes((1 << 20) - 3)
@@ -97,6 +98,16 @@ class Ticker:
         self.count += 1
         self.longest = max(self.longest, now - self.last)
         self.last = now
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def context_switches():
