@@ -4,11 +4,13 @@ import logging
 
 from pants_green import engine
 from pants_green._lifecycle import CloseReason
+from pants_green._tls_socket import TLSSocket
 from pants_green.client import Client
 from pants_green.engine import Engine
 from pants_green.errors import (
     ChannelClosed,
     ChannelStateError,
+    HandshakeTimeout,
     InvalidAddressFormatError,
     InvalidReadDelimiterError,
     PantsError,
@@ -28,6 +30,7 @@ __all__ = [
     "CloseReason",
     "Connection",
     "Engine",
+    "HandshakeTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
@@ -37,6 +40,7 @@ __all__ = [
     "StreamBufferOverflow",
     "StreamConnectError",
     "StreamServer",
+    "TLSSocket",
     "WriteTimeout",
     "WrongThreadError",
     "engine",

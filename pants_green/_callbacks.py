@@ -164,6 +164,43 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def handle_read(self, *data: Chunk.args, **none: Chunk.kwargs) -> None:
         """The oldest name of ``on_read``."""
 
+    # ---- TLS
+
+    def on_ssl_handshake(self) -> None:
+        """The TLS handshake is done: `peer_certificate`, `cipher` and `alpn_protocol` are known.
+
+        *When*: just before ``on_connect``; after ``startSSL()`` on a connection that stood already, before anything else.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: open. If this closes the stream, ``on_connect`` is not called.
+        """
+
+    def on_ssl_handshake_error(self, exception: OSError) -> None:
+        """The TLS handshake failed; by default this is logged.
+
+        *When*: once; instead of ``on_connect`` if that has not been called; ``on_close`` follows.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: closed.
+
+        Args:
+            exception: an ssl.SSLError, such as SSLCertVerificationError; HandshakeTimeout; or what the socket said.
+        """
+        self._log(logging.WARNING, "the TLS handshake failed: %s", exception, event="handshake_error")
+
+    def on_ssl_error(self, exception: Exception) -> None:
+        """TLS could not begin, or failed after the handshake; by default this is logged.
+
+        The most frequent one is an ssl.SSLEOFError: the peer ended the connection without TLS' goodbye, so nobody can say
+        whether it, or somebody else, did so. Then ``on_end`` is not called.
+
+        *When*: once, after all complete chunks; ``on_close`` follows.
+        *Runs in*: the stream's own greenlet.
+        *Socket*: closed.
+
+        Args:
+            exception: an ssl.SSLError; or a ValueError, if no name is known that the server's certificate should have.
+        """
+        self._log(logging.WARNING, "TLS failed: %s", exception, event="ssl_error")
+
     # ---- writing
 
     @optional("_write_heard")

@@ -78,6 +78,7 @@ def _look_up(stream: "Stream[...]", address: Address) -> list[Address]:
             found.append(error.with_traceback(None))
         stream._interrupt()
 
+    stream._host = str(address.sockaddr[0])  # the certificate of a server that speaks TLS has to be its own
     stream._engine._run_soon(look_up, address, stream._context)
     while not found and stream._state is CONNECTING:
         stream._wait()

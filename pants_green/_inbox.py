@@ -142,6 +142,11 @@ class Inbox:
             self.one_by_one = True
         self.plain = not (self.one_by_one or (framer is not None and framer.spread))
 
+    def begin_again(self, framer: Framer[Any] | None) -> None:
+        """Cut whole receives again, if the framer can: nothing waits, and what made it one chunk after the other is over."""
+        self.one_by_one = False
+        self.use(framer)
+
     def forget_search(self) -> None:
         """Search from the start again: the delimiter has changed."""
         self.searched = self.wanted = 0

@@ -108,6 +108,7 @@ class CloseReason(StrEnum):
     OVERFLOW = "too many bytes without a delimiter, or not sent"
     BAD_INPUT = "the input made no sense"
     TIMED_OUT = "a time limit was hit"
+    TLS_FAILED = "TLS failed"
     CALLBACK_ERROR = "a callback raised an exception"
     FORKED = "the connection belongs to the parent process"
 

@@ -26,14 +26,16 @@ class Worker(greenlet):
     Attributes:
         offered: the accepted socket, and its addresses, that a Stream made in this greenlet may take over.
         claimed: the Stream that did.
+        tls: the TLS filter between the two, if there is one.
     """
 
-    __slots__ = ("claimed", "offered")
+    __slots__ = ("claimed", "offered", "tls")
 
     def __init__(self, run: Callable[[Any], None], hub: Any) -> None:
         super().__init__(run, hub)
         self.offered: Any = None
         self.claimed: Any = None
+        self.tls: Any = None
 
 
 class Pool:

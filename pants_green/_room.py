@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from gevent.event import Event
 from greenlet import getcurrent
 
-from pants_green import _sockets
 from pants_green._lifecycle import DRAINING, READ_ONLY, CloseReason
 from pants_green._pool import Worker
 from pants_green.errors import ChannelClosed, StreamBufferOverflow
@@ -45,6 +44,9 @@ def _own_may_wait(stream: "Stream[...]") -> bool:
 
 def own_wait(stream: "Stream[...]", mark: int, watcher: Any = None) -> None:
     """Wait in the stream's own greenlet until the outbox has come down to `mark`, something is posted, or `watcher` fires."""
+    if stream._shaking:
+        stream._shake_hands()  # without which nothing is sent
+        return
     stream._own_mark = mark
     stream._room_at = max(stream._room_at, mark)
     try:
@@ -98,7 +100,7 @@ def made(stream: "Stream[...]") -> None:
         if stream._limits is not None:
             stream._limits.end("write")
         if stream._state is READ_ONLY:
-            _sockets.shutdown_output(stream._socket)
+            stream._finish_output()
     wake_waiters(stream)
     stream._room_at = _next_mark(stream)
 

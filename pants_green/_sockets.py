@@ -28,6 +28,7 @@ __all__ = [
     "close",
     "dial",
     "dial_result",
+    "has_files",
     "in_progress",
     "ipv6_works",
     "listen",
@@ -37,6 +38,8 @@ __all__ = [
     "remote_sockaddr",
     "resolve",
     "shutdown_output",
+    "wait_readable",
+    "wait_writable",
 ]
 
 #: The peer, or the path to it, is gone: the usual ways in which a connection ends without a FIN.
@@ -343,6 +346,21 @@ def close(sock: Any, reader: Any, writer: Any, *, reset: bool = False) -> None:
     sock._closed = True
     sock._read_event = sock._write_event = None
     sock._sock.close()
+
+
+def wait_readable(sock: Any) -> None:
+    """Wait, within the timeout of a gevent socket, until it is readable."""
+    sock._wait(sock._read_event)
+
+
+def wait_writable(sock: Any) -> None:
+    """Wait, within the timeout of a gevent socket, until it is writable."""
+    sock._wait(sock._write_event)
+
+
+def has_files(sock: Any) -> bool:
+    """Tell whether files made of a gevent socket by ``makefile()`` are open, until when it cannot be closed."""
+    return bool(sock._io_refs > 0)
 
 
 def abandon(sock: Any) -> None:

@@ -35,6 +35,8 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     if timeout != 0 or isinstance(timeout, bool):
         timeout = seconds(f"read() on {stream!r}: timeout (which may be 0, too)", timeout)
     _check_place(stream)
+    if stream._shaking:
+        stream._shake_hands()
     inbox = stream._inbox
     # What the batch still holds comes first. From now on chunks are found one by one, so that the outer loop and this one can
     # take turns.
@@ -103,7 +105,7 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
                 turn_began = 0.0
                 received = _receive(stream)
             may_receive = False
-            if received == stream._receive_size:
+            if received >= stream._receive_size:
                 if received < GROW_TO:
                     stream._receive_size = received * 4
                 now = stream._engine._clock()

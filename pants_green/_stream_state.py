@@ -15,6 +15,8 @@ from pants_green._lifecycle import CONNECTING, STREAM_MOVES, Event
 from pants_green._limits import Limits
 from pants_green._outbox import Outbox
 from pants_green._settings import Setting, byte_count, one_of, seconds, truth
+from pants_green._tls import Filter
+from pants_green._tls_options import TLSOptions
 from pants_green.channel import Channel
 from pants_green.errors import InvalidReadDelimiterError
 from pants_green.framing import Framer
@@ -221,6 +223,8 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Seconds for which the peer may take none of the pending output; None: no limit. See ``on_timeout``.
     write_timeout: Setting[float | None] = TimeLimit(60.0, seconds)
 
+    #: Seconds that a TLS handshake may take; None: no limit. For those of accepted connections see the server's own.
+    handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
 
     #: Whether the stream stays open, for writing, when the peer has ended its side.
     allow_half_open: bool = False
@@ -234,6 +238,7 @@ class StreamState(StreamCallbacks[Chunk]):
     _encoding: str | None
     _overflow: str
     _write_timeout: float | None
+    _handshake_timeout: float | None
 
     # What few streams need; it has no slot either, which every stream would have to fill.
     _own_mark = -1
@@ -246,6 +251,12 @@ class StreamState(StreamCallbacks[Chunk]):
     _unsent = 0
     _decoder: Incremental | None = None
     _waiters: tuple[tuple[int, Any], ...] = ()
+    #: What startSSL() was given; whether the handshake is still to be done; the filter.
+    _tls_options: TLSOptions | None = None
+    _shaking = False
+    _tls: Filter | None = None
+    #: The name that was dialled, if it had to be looked up.
+    _host: str | None = None
 
     @classmethod
     def _settled(cls) -> None:
@@ -264,6 +275,7 @@ class StreamState(StreamCallbacks[Chunk]):
         cls._encoding = cls.encoding
         cls._overflow = cls.overflow
         cls._write_timeout = cls.write_timeout
+        cls._handshake_timeout = cls.handshake_timeout
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
         try:
@@ -325,6 +337,34 @@ class StreamState(StreamCallbacks[Chunk]):
     def connecting(self) -> bool:
         """Whether ``connect()`` is at work."""
         return self._state is CONNECTING
+
+    @property
+    def ssl_enabled(self) -> bool:
+        """Whether the stream speaks TLS, or will: from ``startSSL()`` on."""
+        return self._tls is not None or self._shaking
+
+    @property
+    def ssl_object(self) -> Any:
+        """The ``ssl.SSLObject``, to ask for what the properties here do not tell; None without TLS. Also in ``on_close``.
+
+        Reading, writing and ``unwrap()`` are the stream's own business.
+        """
+        return None if self._tls is None else self._tls.object
+
+    @property
+    def peer_certificate(self) -> dict[str, Any] | None:
+        """The peer's certificate, as ``ssl.SSLSocket.getpeercert()`` has it; empty if it was not verified, None if there is none."""
+        return self._tls.object.getpeercert() if self._tls is not None and self._tls.established else None
+
+    @property
+    def cipher(self) -> tuple[str, str, int] | None:
+        """The name of the cipher, the version of TLS, and the bits of the secret; None before the handshake, or without TLS."""
+        return self._tls.object.cipher() if self._tls is not None and self._tls.established else None
+
+    @property
+    def alpn_protocol(self) -> str | None:
+        """What both sides have chosen of their `alpn_protocols`; None if nothing was."""
+        return self._tls.object.selected_alpn_protocol() if self._tls is not None and self._tls.established else None
 
     @property
     def local_address(self) -> Any:

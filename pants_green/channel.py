@@ -26,6 +26,7 @@ PEER_DOING = frozenset(
         CloseReason.BAD_INPUT,
         CloseReason.OVERFLOW,
         CloseReason.TIMED_OUT,
+        CloseReason.TLS_FAILED,
     }
 )
 

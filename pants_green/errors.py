@@ -12,6 +12,7 @@
       StreamBufferOverflow                  too many bytes without a delimiter, or not sent
       ReadTimeout (TimeoutError)            no whole chunk came in time
       WriteTimeout (TimeoutError)           the peer took nothing for too long
+      HandshakeTimeout (TimeoutError)       the TLS handshake was not done in time
 
 Your mistake is raised at you; the world's mistake is delivered to an ``on_*_error`` callback.
 """
@@ -19,6 +20,7 @@ Your mistake is raised at you; the world's mistake is delivered to an ``on_*_err
 __all__ = [
     "ChannelClosed",
     "ChannelStateError",
+    "HandshakeTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
@@ -104,3 +106,7 @@ class ReadTimeout(PantsError, TimeoutError):
 
 class WriteTimeout(PantsError, TimeoutError):
     """The peer took none of the pending output for ``write_timeout`` seconds."""
+
+
+class HandshakeTimeout(PantsError, TimeoutError):
+    """The TLS handshake was not done within ``handshake_timeout`` seconds."""

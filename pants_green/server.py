@@ -17,6 +17,7 @@ from pants_green import stream as stream_module
 from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
 from pants_green._callbacks import Chunk
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
+from pants_green._server_tls import ServerTLS
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError
 from pants_green.stream import Stream
@@ -34,11 +35,15 @@ BACK_OFF_MOST = 1.0
 EPISODE = 1.0
 
 
-class StreamServer(Channel):
+class StreamServer(ServerTLS):
     """Listens, and hands every accepted socket to ``on_accept``; keeps no connections. `Server` is what you usually want.
 
     Args:
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
+        ssl_options: what ``startSSL()`` is called with; None: without TLS.
+
+    Raises:
+        TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
     __slots__ = ("_accept_at_once", "_back_off", "_ended", "_ending", "_exhausted_at", "_exhaustion_told", "_listeners", "_paused")
@@ -48,7 +53,7 @@ class StreamServer(Channel):
 
     _logger = logging.getLogger("pants_green.server")
 
-    def __init__(self, *, engine: Any = None) -> None:
+    def __init__(self, *, engine: Any = None, ssl_options: Any = None) -> None:
         super().__init__(engine)
         self._listeners: list[_sockets.Listener] = []
         self._accept_at_once = ACCEPT_AT_ONCE
@@ -58,6 +63,8 @@ class StreamServer(Channel):
         self._paused: Any = None
         self._ending = True
         self._ended = False
+        if ssl_options is not None:
+            self.startSSL(ssl_options)
 
     # ---- opening
 
@@ -92,6 +99,7 @@ class StreamServer(Channel):
         """
         call = parse_listen(address, legacy, backlog=backlog, slave=slave, host=host, port=port)
         self._check_may_listen()
+        self._check_certificate("listen()", self._tls_options)
         self._engine._enter()
         addresses = self._addresses(call.address, call.slave)
         self._check_may_listen()  # looking a name up takes time, in which others may have done something
@@ -190,8 +198,13 @@ class StreamServer(Channel):
     def _welcome(self, accepted: tuple[Any, Any, Any, int]) -> None:
         """The greenlet of an accepted connection: on_accept, then the life of the stream that took the socket over."""
         worker: Any = getcurrent()
-        worker.offered = accepted
         forks = self._engine._forks
+        if self._tls_options is not None:
+            greeted = self._greet(worker, accepted)
+            if greeted is None:
+                return
+            accepted = greeted
+        worker.offered = accepted
         sock, remote, _, _ = accepted
         try:
             self.on_accept(sock, remote)
@@ -201,7 +214,7 @@ class StreamServer(Channel):
             self._turned_away(sock, error, worker.claimed)
             worker.claimed = None
         finally:
-            worker.offered = None
+            worker.offered = worker.tls = None
         stream, worker.claimed = worker.claimed, None
         if forks != self._engine._forks:
             self._leave_to_parent(sock, stream)
@@ -217,6 +230,9 @@ class StreamServer(Channel):
         if stream is not None:
             stream._disown(CloseReason.FORKED)
         sock.close()
+
+    def _accept_is_overridden(self) -> bool:
+        return self._overrides("on_accept", Server)
 
     def _not_taken_over(self) -> None:
         """on_accept made no stream of the socket: it keeps it, or has closed it."""
@@ -267,12 +283,12 @@ class StreamServer(Channel):
     def on_accept(self, sock: Any, addr: Any) -> None:
         """A connection was accepted; by default it is closed, for nobody wants it.
 
-        *When*: for each connection.
+        *When*: for each connection; after the handshake, if the server speaks TLS.
         *Runs in*: the greenlet of that connection; it may block, and the others go on.
         *Socket*: `sock` is open and yours: keep it, wrap it in a Stream (``Stream(socket=sock)``), or close it.
 
         Args:
-            sock: a gevent socket.
+            sock: a gevent socket; with TLS a `TLSSocket`, which is one, too.
             addr: the peer's address, ``(host, port)`` or with four elements for IPv6.
         """
         self.handle_accept(sock, addr)
@@ -301,6 +317,7 @@ class StreamServer(Channel):
             listener.close()
         self._listeners = []
         self._socket = None
+        self._end_greetings()
         self._forget_if_done()
         self._log(logging.INFO, "closed", event="close")
         self._post("on_close")
@@ -325,6 +342,7 @@ class StreamServer(Channel):
     def _after_fork(self) -> None:
         # Several processes take turns on one listener now: one connection at a time spreads them best.
         self._accept_at_once = 1
+        super()._after_fork()
 
     # ---- what it is
 
@@ -391,12 +409,14 @@ class Server(StreamServer):
         ConnectionClass: the class of the connections, called as ``ConnectionClass(socket=..., server=...)``; by default
             the attribute of the same name.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
+        ssl_options: what ``startSSL()`` is called with; None: without TLS.
 
     Attributes:
         channels: the connected streams, by descriptor.
 
     Raises:
         TypeError: the connection class is not one.
+        TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
     __slots__ = ("_settling", "channels")
@@ -406,8 +426,8 @@ class Server(StreamServer):
     #: What every connection is wrapped in, unless the constructor is given something else.
     ConnectionClass: Any = Connection
 
-    def __init__(self, ConnectionClass: Any = None, *, engine: Any = None) -> None:
-        super().__init__(engine=engine)
+    def __init__(self, ConnectionClass: Any = None, *, engine: Any = None, ssl_options: Any = None) -> None:
+        super().__init__(engine=engine, ssl_options=ssl_options)
         if ConnectionClass is not None:
             self.ConnectionClass = ConnectionClass
         wanted = self.ConnectionClass
@@ -429,7 +449,7 @@ class Server(StreamServer):
         *Socket*: open. A subclass that does not call this does with it what it likes.
 
         Args:
-            sock: a gevent socket.
+            sock: a gevent socket; with TLS, in a subclass that overrides this, a `TLSSocket`.
             addr: the peer's address, ``(host, port)`` or with four elements for IPv6.
         """
         self.ConnectionClass(socket=sock, server=self)

@@ -5,7 +5,8 @@
 This file reads in that order: Opening, Reading, Writing, Closing. What a stream is made of is in ``_stream_state``, what its
 user may override in ``_callbacks``, what may follow what in ``_lifecycle``. On the byte's way: ``_dialling`` makes the
 connection; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``; ``_straight`` is ``read()``; ``_outbox``
-holds what waits to be sent, ``_room`` those who wait for it; ``_limits`` counts the time; ``_linger`` sees the peer off.
+holds what waits to be sent, ``_room`` those who wait for it; ``_tls`` is the filter in between, and ``_stream_tls`` puts it there;
+``_limits`` counts the time; ``_linger`` sees the peer off.
 Accepting is in ``server``.
 """
 
@@ -47,6 +48,9 @@ from pants_green._pool import Worker
 from pants_green._room import made, own_wait, stalled, wait_for_room, wake_waiters, wrote_much
 from pants_green._straight import read
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, TURN, StreamState
+from pants_green._stream_tls import begin, overdue, shake_hands, stand_on
+from pants_green._tls import TLSError
+from pants_green._tls_socket import TLSSocket
 from pants_green.channel import STARTING
 from pants_green.errors import ChannelClosed, ChannelStateError, ReadTimeout, StreamBufferOverflow, WriteTimeout
 from pants_green.framing import Framer
@@ -69,8 +73,11 @@ FORKED = CloseReason.FORKED
 
 #: Reasons for which nothing more is sent, not even what the kernel would take.
 WITHOUT_A_WORD = frozenset(
-    {CloseReason.ABORTED_HERE, FORKED, CloseReason.CONNECT_FAILED, CloseReason.PEER_LEFT, CloseReason.IO_ERROR}
+    {CloseReason.ABORTED_HERE, FORKED, CloseReason.CONNECT_FAILED, CloseReason.PEER_LEFT, CloseReason.IO_ERROR, CloseReason.TLS_FAILED}
 )
+
+#: Reasons for which TLS says goodbye, if all has been sent. For others the peer had better know that something is missing.
+WITH_GOODBYE = frozenset({CloseReason.CLOSED_HERE, CloseReason.ENDED_HERE, PEER_ENDED})
 
 
 T = TypeVar("T")
@@ -87,19 +94,23 @@ class Stream(StreamState[Chunk]):
         socket: a connected gevent socket to take over; none for a stream that will dial.
         server: the server that accepted it.
         engine: the Engine, or the module ``pants_green.engine``; by default the server's, else this thread's.
+        ssl_options: what ``startSSL()`` is called with; None: without TLS.
 
     Raises:
         TypeError: `socket` is no gevent stream socket, or `engine` no engine.
+        TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
     __slots__ = ()
 
     # ---- Opening
 
-    def __init__(self, socket: Any = None, server: "Server | None" = None, *, engine: Any = None) -> None:
+    def __init__(self, socket: Any = None, server: "Server | None" = None, *, engine: Any = None, ssl_options: Any = None) -> None:
         StreamState.__init__(self, server, engine)  # super() costs 1 % of connect-echo-close
         if socket is not None:
             self._take_over(socket)
+        if ssl_options is not None:
+            self.startSSL(ssl_options)
 
     def _take_over(self, socket: Any) -> None:
         """Stand on a connected socket; live in the greenlet that accepted it, else in a new one."""
@@ -110,6 +121,10 @@ class Stream(StreamState[Chunk]):
             worker.claimed = self
             self._greenlet = worker
             self._become_known()
+            if worker.tls is not None:
+                self._socket = socket
+                stand_on(self, socket._hand_over() if isinstance(socket, TLSSocket) else worker.tls)
+                return
         else:
             if hasattr(socket, "do_handshake"):
                 raise TypeError(f"{type(self).__name__}(socket=) takes a plain socket, not one with TLS: {socket!r}")
@@ -119,6 +134,10 @@ class Stream(StreamState[Chunk]):
             if self._remote is None:
                 raise TypeError(f"{type(self).__name__}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
             self._start(socket)
+            if isinstance(socket, TLSSocket):
+                self._socket = socket
+                stand_on(self, socket._hand_over())
+                return
         self._use(socket, _sockets.ports_of(socket))
 
     def _start(self, socket: Any) -> None:
@@ -168,6 +187,36 @@ class Stream(StreamState[Chunk]):
         self._engine._run_soon(self._live, parsed, self._context)
         return self
 
+    def startSSL(self, ssl_options: Any = None) -> "Stream[Chunk]":
+        """Speak TLS: before ``connect()``, from the first byte on; on a connection that stands, from here on (STARTTLS).
+
+        Returns at once; ``on_ssl_handshake`` or ``on_ssl_handshake_error`` follows. On a connection that stands the handshake
+        begins after the callback that is running, or in its next ``read()``. What was written before goes out as it is, what is
+        written from now on goes out encrypted; what the peer has sent behind the chunk at hand, without waiting for the
+        handshake, is taken for a part of that, and fails it.
+
+        Args:
+            ssl_options: an ssl.SSLContext, or a dict, which is not changed: ``certfile``, ``keyfile``, ``password``; ``ca_certs``,
+                ``cert_reqs``, ``check_hostname``; ``ciphers``, ``ssl_version``, ``alpn_protocols`` (a list of str);
+                ``server_hostname``; ``handshake_timeout`` (seconds); ``server_side``; or ``context``, an SSLContext, in the
+                place of most of these. Without any a client checks the server's certificate and name, as
+                ``ssl.create_default_context()`` does, and both sides speak TLS 1.2 or newer.
+
+        Returns:
+            the stream itself.
+
+        Raises:
+            ChannelStateError: (RuntimeError) it speaks TLS already, or one of its directions has ended.
+            TypeError, ValueError: an option is unknown, or makes no sense.
+            OSError: a file cannot be read; an ssl.SSLError if it does not hold what it should.
+        """
+        self._enter_bound()
+        begin(self, ssl_options)
+        return self
+
+    def _shake_hands(self) -> None:
+        shake_hands(self)
+
     def _live(self, address: Address | None) -> None:
         """The life of a stream, in its own greenlet: open, read, drain, close."""
         self._greenlet = getcurrent()
@@ -179,12 +228,17 @@ class Stream(StreamState[Chunk]):
                 if failure is not None:
                     self._shut(CloseReason.CONNECT_FAILED, failure)
                     self._call("on_connect_error", failure)
+            if self._shaking and self._socket is not None:
+                shake_hands(self)
             if self._socket is not None:
                 self._move(ESTABLISH)
-                try:
-                    self.on_connect()
-                except BaseException as error:
-                    self._failed("on_connect", error)
+                if self._tls is not None:
+                    self._call("on_ssl_handshake")
+                if self._state is OPEN:
+                    try:
+                        self.on_connect()
+                    except BaseException as error:
+                        self._failed("on_connect", error)
                 self._read_loop()
                 if self._state is not CLOSED:
                     self._serve_output()
@@ -234,6 +288,7 @@ class Stream(StreamState[Chunk]):
             if self._attention is not None:
                 if not self._attend():
                     return
+                recv, reader = self._recv, self._reader  # TLS may have begun
                 self._deliver_waiting(len(self._inbox) > 0)
                 continue
             framer = self._framer
@@ -263,7 +318,7 @@ class Stream(StreamState[Chunk]):
                     engine._batch_done()
                 if self._own_output and self._pending > self._high_water:
                     self._hold_reading(min(self._low_water, self._high_water))
-                if received == size:
+                if received >= size:
                     if size < RECEIVE_MOST:
                         size = self._receive_size = size * 4
                     now = clock()
@@ -278,6 +333,7 @@ class Stream(StreamState[Chunk]):
             while self._attention is not None:
                 if not self._attend():
                     return
+                recv, reader = self._recv, self._reader
                 self._deliver_waiting(len(self._inbox) > 0)
             # What _wait does. Start and stop of a watcher cost no system call.
             self._waiting = True
@@ -444,6 +500,9 @@ class Stream(StreamState[Chunk]):
                 self._run_posted()
             if self._state is not OPEN and self._state is not READ_ONLY:
                 return False
+            if self._shaking:
+                shake_hands(self)
+                continue
             if self._paused:
                 self._wait()
                 continue
@@ -751,6 +810,8 @@ class Stream(StreamState[Chunk]):
             elif self._state is not CLOSED and self._write_timeout is not None:
                 self._keep_posted("on_timeout", which)
                 self._shut(CloseReason.TIMED_OUT, self._limit_error(which))
+        elif which == "handshake":
+            overdue(self)
         elif self._inbox.data and self._read_timeout is not None and not self._in_read:
             self._limit(which, self._read_timeout)
             if self._waiting and self._own_mark < 0 and not self._paused:
@@ -808,9 +869,35 @@ class Stream(StreamState[Chunk]):
             self._close_reason = self._close_reason or CloseReason.ENDED_HERE
             self._interrupt()
         elif not self._outbox.items:
-            _sockets.shutdown_output(self._socket)
+            self._finish_output()
         elif self._room_at < 0:
             self._room_at = 0  # the FIN follows when all is sent
+
+    def _finish_output(self) -> None:
+        """Everything is sent: tell the peer that nothing more comes. Unless the handshake is still to come; then it follows that."""
+        if not self._shaking and self._goodbye_said():
+            _sockets.shutdown_output(self._socket)
+
+    def _goodbye_said(self) -> bool:
+        """Have TLS say goodbye, and tell whether the kernel has taken that; if not, it is tried again when there is room."""
+        if self._tls is None or self._tls.goodbye():
+            return True
+        if not self._sending:
+            self._sending = True
+            self._writer.start(self._room_for_goodbye)
+            stalled(self, 0)
+        return False
+
+    def _room_for_goodbye(self) -> None:
+        """Hub: the kernel has room again."""
+        self._sending = False
+        self._writer.stop()
+        if self._goodbye_said():
+            self._limits.end("write")  # type: ignore[union-attr]
+            if self._state is READ_ONLY:
+                self._finish_output()
+            else:
+                self._alert()
 
     def end(self) -> None:
         """Send everything that is queued, then a FIN, and close. Never waits.
@@ -863,7 +950,7 @@ class Stream(StreamState[Chunk]):
         while self._state is DRAINING:
             self._run_posted()
             self._flush()
-            if not self._outbox.items:
+            if not self._outbox.items and not self._shaking and self._goodbye_said():
                 break
             own_wait(self, 0, None if self._peer_ended else self._reader)
             self._discard_input()
@@ -880,6 +967,8 @@ class Stream(StreamState[Chunk]):
             self._peer_ended = not self._recv(RECEIVE_MOST)
         except BlockingIOError:
             pass
+        except TLSError:
+            self._peer_ended = True  # without a goodbye, or with nonsense: it is thrown away anyway
         except OSError as error:
             self._broken("on_read_error", error)
 
@@ -888,7 +977,8 @@ class Stream(StreamState[Chunk]):
         if not self._peer_ended:
             socket = self._socket
             _sockets.shutdown_output(socket)
-            linger = Linger(self._engine, socket, self._recv, self._reader, self._writer)
+            recv, _, reader, writer = self._raw_ports()
+            linger = Linger(self._engine, socket, recv, reader, writer)
             self._let_go()
             linger.start()
         self._shut(self._close_reason or CloseReason.ENDED_HERE)
@@ -896,6 +986,10 @@ class Stream(StreamState[Chunk]):
     def _broken(self, callback: str, error: OSError) -> None:
         """The connection is of no use any more: close, and tell `callback` unless this is how peers usually leave."""
         error = error.with_traceback(None)  # whose frames hold the stream
+        if isinstance(error, TLSError):
+            self._keep_posted("on_ssl_error", error)
+            self._shut(CloseReason.TLS_FAILED, error)
+            return
         left = error.errno in _sockets.PEER_LEFT
         if left:
             self._log(logging.DEBUG, "the peer left: %s", error, event="peer_left")
@@ -914,6 +1008,8 @@ class Stream(StreamState[Chunk]):
             self._flush_all()
             if self._state is CLOSED:
                 return
+        if self._tls is not None and reason in WITH_GOODBYE and not self._outbox.items:
+            self._tls.goodbye()
         self._close_reason = reason
         self._close_error = error
         self._move(CLOSE)
@@ -931,8 +1027,16 @@ class Stream(StreamState[Chunk]):
         self._engine._roots.discard(self)
         self._interrupt()
 
+    def _raw_ports(self) -> _sockets.Ports:
+        """The ports of the socket itself, also under TLS."""
+        if self._tls is not None:
+            ports: _sockets.Ports = self._tls.raw
+            return ports
+        return self._recv, self._send, self._reader, self._writer
+
     def _drop_socket(self, reset: bool = False) -> None:
-        socket, reader, writer = self._socket, self._reader, self._writer
+        socket = self._socket
+        _, _, reader, writer = self._raw_ports()
         self._let_go()
         _sockets.close(socket, reader, writer, reset=reset)
 

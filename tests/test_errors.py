@@ -20,6 +20,7 @@ TREE = {
     "ReadDelimiterValueError": (errors.InvalidReadDelimiterError, ValueError),
     "StreamConnectError": (errors.PantsError, OSError),
     "StreamBufferOverflow": (errors.PantsError,),
+    "HandshakeTimeout": (errors.PantsError, TimeoutError),
     "ReadTimeout": (errors.PantsError, TimeoutError),
     "WriteTimeout": (errors.PantsError, TimeoutError),
 }

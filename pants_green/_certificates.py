@@ -1,0 +1,93 @@
+"""Watching the files of a server's certificates: loading what has changed, and warning before one expires."""
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from pants_green._settings import seconds
+from pants_green._tls_options import expires
+
+if TYPE_CHECKING:
+    from pants_green._server_tls import ServerTLS
+
+__all__ = ["EXPIRY_WARNING", "CertificateWatch"]
+
+DAY = 24 * 60 * 60.0
+
+#: Seconds before the end of a certificate from which on there are warnings.
+EXPIRY_WARNING = 14 * DAY
+
+
+class CertificateWatch:
+    """Looks at the files of one server's certificates from time to time, in a greenlet of a timer.
+
+    Args:
+        server: whose ``reload_certificates()`` is called.
+        call: what was called, for errors.
+        interval: seconds between two looks.
+        expiry_warning: seconds before the end of a certificate from which on to warn.
+
+    Attributes:
+        active: whether it goes on.
+    """
+
+    def __init__(self, server: "ServerTLS", call: str, interval: Any, expiry_warning: Any) -> None:
+        if seconds(f"{call}: seconds", interval) is None:
+            raise TypeError(f"{call}: seconds is a number, not None")
+        if seconds(f"{call}: expiry_warning", expiry_warning) is None:
+            raise TypeError(f"{call}: expiry_warning is a number of seconds, not None")
+        self._server = server
+        self._expiry_warning = expiry_warning
+        self._warned: dict[str, float] = {}
+        self._seen = self._stamps()
+        self.active = True
+        self._warn()
+        self._timer = server._engine.cycle(interval, self._look)
+
+    def cancel(self) -> None:
+        """Look no more."""
+        self.active = False
+        self._timer.cancel()
+
+    def _files(self) -> list[str]:
+        options = self._server._tls_options
+        return [] if options is None else options.files
+
+    def _stamps(self) -> list[Any]:
+        """Return what tells of each file whether it has been changed."""
+        stamps: list[Any] = []
+        for path in self._files():
+            try:
+                status = os.stat(path)
+                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError as error:
+                stamps.append(error.errno)
+        return stamps
+
+    def _look(self) -> None:
+        stamps = self._stamps()
+        if stamps != self._seen:
+            self._seen = stamps
+            self._warned.clear()
+            try:
+                self._server.reload_certificates()
+            except (OSError, ValueError) as error:
+                self._server._log(logging.ERROR, "the old certificates stay in force: %s", error, event="certificates_refused")
+        self._warn()
+
+    def _warn(self) -> None:
+        """Warn of what expires, once a day."""
+        now = time.time()
+        for path in self._files():
+            end = expires(path)
+            if end is None or end - now > self._expiry_warning or now - self._warned.get(path, 0.0) < DAY:
+                continue
+            self._warned[path] = now
+            day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end))
+            log = self._server._log
+            if end <= now:
+                log(logging.WARNING, "the certificate in %s has expired on %s", path, day, event="certificate_expired")
+            else:
+                left = (end - now) / DAY
+                log(logging.WARNING, "the certificate in %s expires in %.1f days, on %s", path, left, day, event="certificate_expires")

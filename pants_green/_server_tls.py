@@ -1,0 +1,203 @@
+"""The TLS of a server: its certificates, and the handshake of what it accepts, before anybody hears of that.
+
+Accepting is in ``server``, the handshake itself in ``_greeting``; what options there are, in ``_tls_options``.
+"""
+
+import errno
+import logging
+from typing import Any
+
+from pants_green import _sockets
+from pants_green._address import format_address
+from pants_green._certificates import EXPIRY_WARNING, CertificateWatch
+from pants_green._greeting import Greeting
+from pants_green._lifecycle import CLOSED, LISTENING
+from pants_green._settings import Setting, seconds
+from pants_green._tls import Filter
+from pants_green._tls_options import TLSOptions
+from pants_green._tls_socket import TLSSocket
+from pants_green.channel import Channel
+from pants_green.errors import ChannelStateError
+
+__all__ = ["ServerTLS"]
+
+
+class ServerTLS(Channel):
+    """The part of a server that has to do with TLS. Not made by itself."""
+
+    __slots__ = ("_greetings", "_handshake_timeout", "_tls_options", "_watch")
+
+    #: Seconds that the TLS handshake of an accepted connection may take; None: no limit.
+    handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._handshake_timeout = type(self).handshake_timeout
+        self._tls_options: TLSOptions | None = None
+        self._greetings: set[Greeting] = set()
+        self._watch: CertificateWatch | None = None
+
+    def startSSL(self, ssl_options: Any = None) -> Any:
+        """Speak TLS with every connection that is accepted from now on; those that are there stay as they are.
+
+        Args:
+            ssl_options: an ssl.SSLContext, or a dict, which is not changed: ``certfile``, ``keyfile``, ``password``; ``ca_certs``
+                and ``cert_reqs``, to ask clients for a certificate (CERT_REQUIRED) or to look at one (CERT_OPTIONAL);
+                ``ciphers``, ``ssl_version``, ``alpn_protocols`` (a list of str); ``handshake_timeout`` (seconds); ``sni``, a dict
+                of names (``"www.example.org"``, ``"*.example.org"``) and what of all this is different for a client that asks for
+                that name: certificate, ciphers, protocols, or an SSLContext; or ``context``, an SSLContext, in the place of most of
+                these. Both sides speak TLS 1.2 or newer.
+
+        Returns:
+            the server itself.
+
+        Raises:
+            ChannelStateError: (RuntimeError) it speaks TLS already, or is closed.
+            TypeError, ValueError: an option is unknown, or makes no sense; there is no certificate (if it does not listen yet,
+                ``listen()`` says so).
+            OSError: a file cannot be read; an ssl.SSLError if it does not hold what it should.
+        """
+        call = f"startSSL() on {self!r}"
+        if self._state is CLOSED:
+            raise ChannelStateError(f"{call}: a closed server cannot be opened again; make a new one")
+        if self._tls_options is not None:
+            raise ChannelStateError(f"{call}: it speaks TLS already; reload_certificates() reads its certificates once more")
+        options = TLSOptions(call, ssl_options, server_side=True)
+        if self._state is LISTENING:
+            self._check_certificate("startSSL()", options)
+        self._tls_options = options
+        return self
+
+    def _check_certificate(self, call: str, options: TLSOptions | None) -> None:
+        if options is not None and not options.has_certificate:
+            hint = "give startSSL() certfile and keyfile, or context"
+            raise ValueError(f"{call} on {self!r}: a server that speaks TLS needs a certificate; {hint}")
+
+    def reload_certificates(self) -> None:
+        """Read all files that ``startSSL()`` was given once more, for the connections that are accepted from now on.
+
+        If they are not in order the old ones stay in force, whatever it was.
+
+        Raises:
+            ChannelStateError: (RuntimeError) it does not speak TLS, or with a context of yours: call the context's own
+                ``load_cert_chain()``, which takes effect with the next handshake.
+            OSError, ValueError: as ``startSSL()``.
+        """
+        call = f"reload_certificates() on {self!r}"
+        if self._tls_options is None:
+            raise ChannelStateError(f"{call}: it does not speak TLS; call startSSL() before")
+        if self._tls_options.given_context:
+            raise ChannelStateError(f"{call}: its context is yours; call load_cert_chain() on that, which holds from the next handshake on")
+        self._tls_options = self._tls_options.again()
+        self._log(logging.INFO, "certificates loaded", event="certificates_loaded")
+
+    def watch_certificates(self, seconds: float, expiry_warning: float = EXPIRY_WARNING) -> CertificateWatch:
+        """Look at the files of the certificates again and again, and load them when they have changed.
+
+        If they are not in order that is logged (ERROR), the old ones stay in force, and the files are loaded when they change
+        once more. Before a certificate expires that is logged, too (WARNING), once a day.
+
+        Args:
+            seconds: how often to look.
+            expiry_warning: seconds before a certificate's end from which on to warn; 14 days by default.
+
+        Returns:
+            the watch, which has ``cancel()``; it ends with the server.
+
+        Raises:
+            ChannelStateError: (RuntimeError) the server does not speak TLS, speaks it with a context of yours, is closed, or is
+                watching already.
+            TypeError, ValueError: no number of seconds.
+        """
+        call = f"watch_certificates() on {self!r}"
+        if self._tls_options is None or self._tls_options.given_context or self._state is CLOSED:
+            hint = "it has to be open, and startSSL() to have been given certfile and keyfile"
+            raise ChannelStateError(f"{call}: there are no files to watch; {hint}")
+        if self._watch is not None and self._watch.active:
+            raise ChannelStateError(f"{call}: it is watching already; cancel() what the first call returned")
+        self._watch = CertificateWatch(self, call, seconds, expiry_warning)
+        return self._watch
+
+    @property
+    def ssl_enabled(self) -> bool:
+        """Whether connections that are accepted from now on speak TLS."""
+        return self._tls_options is not None
+
+    # ---- the handshake
+
+    def _greet(self, worker: Any, accepted: tuple[Any, Any, Any, int]) -> tuple[Any, Any, Any, int] | None:
+        """Do the TLS handshake of an accepted connection; return what may be offered now, or None if there is nothing."""
+        options = self._tls_options
+        assert options is not None
+        sock, remote, local, key = accepted
+        if self._accept_is_overridden():
+            sock = TLSSocket._over(sock)
+        ports = _sockets.ports_of(sock)
+        tls = Filter(options.context, ports, self._engine._loop.run_callback, server_side=True)
+        greeting = Greeting(self._engine, sock, tls)
+        self._greetings.add(greeting)
+        try:
+            greeting.shake_hands(getattr(options, "handshake_timeout", self._handshake_timeout))
+        except BaseException as error:
+            self._not_greeted(sock, remote, error.with_traceback(None))
+            return None
+        finally:
+            self._greetings.discard(greeting)
+        worker.tls = tls
+        if isinstance(sock, TLSSocket):
+            sock._tls = tls
+        return sock, remote, local, key
+
+    def _not_greeted(self, sock: Any, remote: Any, error: BaseException) -> None:
+        """The handshake failed: it costs that socket and nothing else."""
+        if self._state is CLOSED:
+            sock.close()
+        elif isinstance(error, Exception) and self._overrides("on_ssl_wrap_error", ServerTLS):
+            self._post("_tell_not_greeted", sock, remote, error)
+        elif isinstance(error, Exception):
+            ServerTLS.on_ssl_wrap_error(self, sock, remote, error)
+        else:
+            sock.close()
+            self._engine._interrupt(error)
+
+    def _tell_not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
+        """Posted: tell an overridden on_ssl_wrap_error."""
+        try:
+            self._call("on_ssl_wrap_error", sock, remote, error)
+        finally:
+            sock.close()
+
+    def _accept_is_overridden(self) -> bool:
+        """Tell whether somebody wants to see the accepted socket, who has to get one that knows of TLS."""
+        raise NotImplementedError
+
+    def _end_greetings(self) -> None:
+        """The server is closed: nobody waits for those that are not through with the handshake."""
+        for greeting in self._greetings:
+            greeting.cut(ConnectionAbortedError(errno.ECONNABORTED, "the server was closed during the TLS handshake"))
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _after_fork(self) -> None:
+        for greeting in self._greetings:
+            greeting.forsake()
+        self._greetings.clear()
+
+    # ---- callbacks
+
+    def on_ssl_wrap_error(self, sock: Any, addr: Any, exception: Exception) -> None:
+        """The TLS handshake of a new connection failed; by default that is logged, and costs that connection only.
+
+        *When*: instead of ``on_accept``.
+        *Runs in*: a greenlet of the server's own.
+        *Socket*: `sock` is open; it is closed afterwards.
+
+        Args:
+            sock: a gevent socket, past TLS.
+            addr: the peer's address.
+            exception: an ssl.SSLError, HandshakeTimeout, or what the socket said.
+        """
+        left = isinstance(exception, OSError) and exception.errno in _sockets.PEER_LEFT
+        level = logging.DEBUG if left else logging.WARNING
+        self._log(level, "the TLS handshake with %s failed: %s", format_address(addr), exception, event="handshake_error")
+        sock.close()

@@ -1,0 +1,153 @@
+"""The TLS of a stream: how it begins, before the first byte or after some, and the handshake.
+
+Runs in the stream's own greenlet and waits only in its own waits, so that ``close()`` ends it at once. What TLS does with the
+bytes is in ``_tls``; the handshake of a server that speaks TLS from the start is over before there is a stream: see ``_greeting``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pants_green._lifecycle import CLOSED, CONNECTING, NEW, OPEN, READ_ONLY, CloseReason
+from pants_green._stream_state import INTERRUPTED
+from pants_green._tls import DORMANT, Filter
+from pants_green._tls_options import TLSOptions
+from pants_green.errors import ChannelStateError, HandshakeTimeout
+
+if TYPE_CHECKING:
+    from pants_green.stream import Stream
+
+__all__ = ["begin", "overdue", "shake_hands", "stand_on"]
+
+
+def begin(stream: "Stream[...]", options: Any) -> None:
+    """Have a stream speak TLS: see `Stream.startSSL`."""
+    call = f"startSSL() on {stream!r}"
+    if stream._tls_options is not None or stream._tls is not None:
+        raise ChannelStateError(f"{call}: it speaks TLS already")
+    if stream._state not in (NEW, CONNECTING, OPEN):
+        raise ChannelStateError(f"{call}: TLS needs both directions; make a new stream, or call it before one of them ends")
+    checked = TLSOptions(call, options, server_side=stream._server is not None, may_choose=True)
+    if checked.server_side and not checked.has_certificate:
+        raise ValueError(f"{call}: the server's side needs a certificate; give certfile and keyfile, or context")
+    if stream._state is OPEN:
+        _over_live_stream(stream, checked)
+    stream._tls_options = checked
+    stream._shaking = True
+
+
+def _over_live_stream(stream: "Stream[...]", options: TLSOptions) -> None:
+    """From here on everything that comes belongs to TLS, and what was not written yet, too.
+
+    What came behind the chunk that asked for TLS is none of the user's: it goes to the handshake, which plain text fails.
+    """
+    stream._tls = _filter(stream, options, clear=stream._pending)
+    inbox = stream._inbox
+    if inbox.batch is not None:
+        inbox.put_back(stream._framer)
+    if inbox.data:
+        stream._tls.feed(inbox.take_all())
+    if stream._limits is not None:
+        stream._limits.end("read")
+    if stream._sending:
+        stream._sending = False
+        stream._writer.stop()
+    stream._recv, stream._send, stream._writer = stream._tls.recv_nothing, stream._tls.send_clear, DORMANT
+    stream._interrupt()
+
+
+def _filter(stream: "Stream[...]", options: TLSOptions, clear: int = 0) -> Filter:
+    hostname = None
+    if not options.server_side:
+        hostname = options.server_hostname or _dialled_host(stream)
+        if hostname is None and options.context.check_hostname:
+            raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? Give server_hostname, for no host was dialled")
+    raw = (stream._recv, stream._send, stream._reader, stream._writer)
+    soon = stream._engine._loop.run_callback
+    return Filter(options.context, raw, soon, server_side=options.server_side, server_hostname=hostname, clear=clear)
+
+
+def _dialled_host(stream: "Stream[...]") -> str | None:
+    """Return the name, or the address, that ``connect()`` was given; None for a Unix socket, or one that was connected before."""
+    host = stream._host
+    if host is None and stream._key is None and isinstance(stream._remote, tuple):
+        host = stream._remote[0]
+    return host.partition("%")[0].rstrip(".") if host else None
+
+
+def shake_hands(stream: "Stream[...]") -> None:
+    """Do the handshake that is due. When this returns it is done, or the stream is closed.
+
+    What is posted meanwhile waits.
+    """
+    tls = stream._tls
+    try:
+        if tls is None:
+            assert stream._tls_options is not None
+            tls = stream._tls = _filter(stream, stream._tls_options)
+        _send_what_is_clear(stream, tls)
+        _limited_handshake(stream, tls)
+    except (OSError, ValueError) as error:
+        _failed(stream, error)
+        return
+    if stream._state is not CLOSED:
+        _established(stream, tls)
+
+
+def _send_what_is_clear(stream: "Stream[...]", tls: Filter) -> None:
+    while tls.clear and stream._state is not CLOSED:
+        stream._sending = False
+        stream._flush()
+        if tls.clear and stream._state is not CLOSED:
+            stream._wait(tls.raw[3])
+
+
+def _limited_handshake(stream: "Stream[...]", tls: Filter) -> None:
+    seconds = _limit_of(stream)
+    if seconds is not None:
+        stream._limit("handshake", seconds)
+    while stream._state is not CLOSED:
+        watcher = tls.shake_hands()
+        if watcher is None:
+            break
+        stream._wait(watcher)
+    if stream._limits is not None:
+        stream._limits.end("handshake")
+
+
+def _limit_of(stream: "Stream[...]") -> float | None:
+    seconds: float | None = getattr(stream._tls_options, "handshake_timeout", stream._handshake_timeout)
+    return seconds
+
+
+def overdue(stream: "Stream[...]") -> None:
+    """Hub: the time for the handshake is up."""
+    if stream._shaking:
+        _failed(stream, HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {_limit_of(stream):g} seconds"))
+
+
+def _failed(stream: "Stream[...]", error: Exception) -> None:
+    if stream._state is CLOSED:
+        return
+    callback = "on_ssl_handshake_error" if isinstance(error, OSError) else "on_ssl_error"
+    stream._keep_posted(callback, error.with_traceback(None))
+    stream._shut(CloseReason.TLS_FAILED, error)
+
+
+def _established(stream: "Stream[...]", tls: Filter) -> None:
+    stream._shaking = False
+    stand_on(stream, tls)
+    if stream._state is NEW or stream._state is CONNECTING:
+        return  # on_ssl_handshake comes just before on_connect
+    stream._keep_posted("on_ssl_handshake")
+    stream._attention = INTERRUPTED
+    stream._inbox.begin_again(stream._framer)
+    stream._sending = False
+    if stream._outbox.items:
+        stream._flush()
+    elif stream._state is READ_ONLY:
+        stream._finish_output()
+
+
+def stand_on(stream: "Stream[...]", tls: Filter) -> None:
+    """Put an established filter between a stream and its socket."""
+    stream._tls = tls
+    stream._recv, stream._send, stream._reader, stream._writer = tls.recv, tls.send, tls.reader, tls.raw[3]
