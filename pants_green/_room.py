@@ -44,7 +44,7 @@ def _own_may_wait(stream: "Stream[...]") -> bool:
 
 def own_wait(stream: "Stream[...]", mark: int, watcher: Any = None) -> None:
     """Wait in the stream's own greenlet until the outbox has come down to `mark`, something is posted, or `watcher` fires."""
-    if stream._shaking:
+    if stream._secure and stream._shaking:
         stream._shake_hands()  # without which nothing is sent
         return
     stream._own_mark = mark

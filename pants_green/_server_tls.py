@@ -138,9 +138,12 @@ class ServerTLS(Channel):
         self._greetings.add(greeting)
         try:
             greeting.shake_hands(getattr(options, "handshake_timeout", self._handshake_timeout))
-        except BaseException as error:
+        except Exception as error:
             self._not_greeted(sock, remote, error.with_traceback(None))
             return None
+        except BaseException:
+            sock.close()
+            raise
         finally:
             self._greetings.discard(greeting)
         worker.tls = tls
@@ -148,17 +151,14 @@ class ServerTLS(Channel):
             sock._tls = tls
         return sock, remote, local, key
 
-    def _not_greeted(self, sock: Any, remote: Any, error: BaseException) -> None:
+    def _not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """The handshake failed: it costs that socket and nothing else."""
         if self._state is CLOSED:
             sock.close()
-        elif isinstance(error, Exception) and self._overrides("on_ssl_wrap_error", ServerTLS):
+        elif self._overrides("on_ssl_wrap_error", ServerTLS):
             self._post("_tell_not_greeted", sock, remote, error)
-        elif isinstance(error, Exception):
-            ServerTLS.on_ssl_wrap_error(self, sock, remote, error)
         else:
-            sock.close()
-            self._engine._interrupt(error)
+            ServerTLS.on_ssl_wrap_error(self, sock, remote, error)
 
     def _tell_not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """Posted: tell an overridden on_ssl_wrap_error."""

@@ -35,7 +35,7 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     if timeout != 0 or isinstance(timeout, bool):
         timeout = seconds(f"read() on {stream!r}: timeout (which may be 0, too)", timeout)
     _check_place(stream)
-    if stream._shaking:
+    if stream._secure and stream._shaking:
         stream._shake_hands()
     inbox = stream._inbox
     # What the batch still holds comes first. From now on chunks are found one by one, so that the outer loop and this one can
@@ -102,6 +102,8 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
                 if alarm.rang:
                     raise ReadTimeout(f"read() on {stream!r}: no whole chunk came within {timeout:g} seconds")
                 stream._wait(stream._reader)
+                if stream._secure and stream._shaking:  # startSSL() in another greenlet
+                    stream._shake_hands()
                 turn_began = 0.0
                 received = _receive(stream)
             may_receive = False

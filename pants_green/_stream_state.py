@@ -142,6 +142,7 @@ class StreamState(StreamCallbacks[Chunk]):
         _key: the descriptor, under which the server's `channels` has it; None when it is not there.
         _remote, _remote_override: the peer's address, and the one that was assigned.
         _limits: its time limits, if any has ever run. _server: that which accepted it.
+        _secure: whether it speaks TLS, or is to.
     """
 
     __slots__ = (
@@ -169,6 +170,7 @@ class StreamState(StreamCallbacks[Chunk]):
         "_remote",
         "_remote_override",
         "_room_at",
+        "_secure",
         "_send",
         "_sending",
         "_server",
@@ -315,6 +317,7 @@ class StreamState(StreamCallbacks[Chunk]):
         self._room_at = -1
         self._limits: Limits | None = None
         self._paused = False
+        self._secure = False
         self._told = False
         self._recv: Any = None
         self._send: Any = None
@@ -341,7 +344,7 @@ class StreamState(StreamCallbacks[Chunk]):
     @property
     def ssl_enabled(self) -> bool:
         """Whether the stream speaks TLS, or will: from ``startSSL()`` on."""
-        return self._tls is not None or self._shaking
+        return self._secure
 
     @property
     def ssl_object(self) -> Any:

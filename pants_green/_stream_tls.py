@@ -21,7 +21,7 @@ __all__ = ["begin", "overdue", "shake_hands", "stand_on"]
 def begin(stream: "Stream[...]", options: Any) -> None:
     """Have a stream speak TLS: see `Stream.startSSL`."""
     call = f"startSSL() on {stream!r}"
-    if stream._tls_options is not None or stream._tls is not None:
+    if stream._secure:
         raise ChannelStateError(f"{call}: it speaks TLS already")
     if stream._state not in (NEW, CONNECTING, OPEN):
         raise ChannelStateError(f"{call}: TLS needs both directions; make a new stream, or call it before one of them ends")
@@ -31,7 +31,7 @@ def begin(stream: "Stream[...]", options: Any) -> None:
     if stream._state is OPEN:
         _over_live_stream(stream, checked)
     stream._tls_options = checked
-    stream._shaking = True
+    stream._secure = stream._shaking = True
 
 
 def _over_live_stream(stream: "Stream[...]", options: TLSOptions) -> None:
@@ -149,5 +149,6 @@ def _established(stream: "Stream[...]", tls: Filter) -> None:
 
 def stand_on(stream: "Stream[...]", tls: Filter) -> None:
     """Put an established filter between a stream and its socket."""
+    stream._secure = True
     stream._tls = tls
     stream._recv, stream._send, stream._reader, stream._writer = tls.recv, tls.send, tls.reader, tls.raw[3]

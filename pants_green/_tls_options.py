@@ -237,7 +237,8 @@ class TLSOptions:
             raise TypeError(f"{self._call}: sni is a dict of names and their options, not {entries!r}")
         contexts: dict[str, ssl.SSLContext] = {}
         for name, options in entries.items():
-            contexts[self._key(name)] = self._entry(context, name, options)
+            key = self._key(name)
+            contexts[key] = self._entry(context, name, options)
 
         def choose(connection: Any, name: str | None, current: ssl.SSLContext) -> None:
             if name is not None:

@@ -217,6 +217,14 @@ class Stream(StreamState[Chunk]):
     def _shake_hands(self) -> None:
         shake_hands(self)
 
+    def _open_securely(self) -> None:
+        """Do the handshake, unless the server has done it."""
+        if self._shaking and self._socket is not None:
+            shake_hands(self)
+        if self._socket is not None:
+            self._move(ESTABLISH)
+            self._call("on_ssl_handshake")
+
     def _live(self, address: Address | None) -> None:
         """The life of a stream, in its own greenlet: open, read, drain, close."""
         self._greenlet = getcurrent()
@@ -228,20 +236,18 @@ class Stream(StreamState[Chunk]):
                 if failure is not None:
                     self._shut(CloseReason.CONNECT_FAILED, failure)
                     self._call("on_connect_error", failure)
-            if self._shaking and self._socket is not None:
-                shake_hands(self)
-            if self._socket is not None:
+            if self._secure:
+                self._open_securely()
+            elif self._socket is not None:
                 self._move(ESTABLISH)
-                if self._tls is not None:
-                    self._call("on_ssl_handshake")
-                if self._state is OPEN:
-                    try:
-                        self.on_connect()
-                    except BaseException as error:
-                        self._failed("on_connect", error)
+            if self._state is OPEN:
+                try:
+                    self.on_connect()
+                except BaseException as error:
+                    self._failed("on_connect", error)
                 self._read_loop()
-                if self._state is not CLOSED:
-                    self._serve_output()
+            if self._state is not CLOSED:
+                self._serve_output()
         except BaseException as error:
             # Thrown into a wait of ours: what user code raises has been dealt with where it was called.
             self._struck(error)
@@ -279,8 +285,6 @@ class Stream(StreamState[Chunk]):
         to_hub = engine._pool.to_hub
         clock = engine._clock
         switch = self._greenlet.switch
-        recv = self._recv
-        reader = self._reader
         size = self._receive_size
         turn_began = 0.0
         self._own_output = 0  # what on_connect has written does not stop reading
@@ -288,12 +292,11 @@ class Stream(StreamState[Chunk]):
             if self._attention is not None:
                 if not self._attend():
                     return
-                recv, reader = self._recv, self._reader  # TLS may have begun
                 self._deliver_waiting(len(self._inbox) > 0)
                 continue
             framer = self._framer
             try:
-                data = recv(size)
+                data = self._recv(size)  # not kept in this frame, for TLS may begin
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -333,9 +336,9 @@ class Stream(StreamState[Chunk]):
             while self._attention is not None:
                 if not self._attend():
                     return
-                recv, reader = self._recv, self._reader
                 self._deliver_waiting(len(self._inbox) > 0)
             # What _wait does. Start and stop of a watcher cost no system call.
+            reader = self._reader
             self._waiting = True
             try:
                 reader.start(switch)
@@ -1008,7 +1011,7 @@ class Stream(StreamState[Chunk]):
             self._flush_all()
             if self._state is CLOSED:
                 return
-        if self._tls is not None and reason in WITH_GOODBYE and not self._outbox.items:
+        if self._secure and self._tls is not None and reason in WITH_GOODBYE and not self._outbox.items:
             self._tls.goodbye()
         self._close_reason = reason
         self._close_error = error
@@ -1035,8 +1038,9 @@ class Stream(StreamState[Chunk]):
         return self._recv, self._send, self._reader, self._writer
 
     def _drop_socket(self, reset: bool = False) -> None:
-        socket = self._socket
-        _, _, reader, writer = self._raw_ports()
+        socket, reader, writer = self._socket, self._reader, self._writer
+        if self._secure:
+            _, _, reader, writer = self._raw_ports()
         self._let_go()
         _sockets.close(socket, reader, writer, reset=reset)
 
