@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pants_green._settings import seconds
-from pants_green._tls_options import expires
+from pants_green._tls_options import TLSOptions, expires
 
 if TYPE_CHECKING:
     from pants_green._server_tls import ServerTLS
@@ -50,14 +50,15 @@ class CertificateWatch:
         self.active = False
         self._timer.cancel()
 
-    def _files(self) -> list[str]:
+    def _options(self) -> TLSOptions:
         options = self._server._tls_options
-        return [] if options is None else options.files
+        assert options is not None
+        return options
 
     def _stamps(self) -> list[Any]:
         """Return what tells of each file whether it has been changed."""
         stamps: list[Any] = []
-        for path in self._files():
+        for path in self._options().files:
             try:
                 status = os.stat(path)
                 stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
@@ -79,7 +80,7 @@ class CertificateWatch:
     def _warn(self) -> None:
         """Warn of what expires, once a day."""
         now = time.time()
-        for path in self._files():
+        for path in self._options().certificates:
             end = expires(path)
             if end is None or end - now > self._expiry_warning or now - self._warned.get(path, 0.0) < DAY:
                 continue

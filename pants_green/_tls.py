@@ -8,6 +8,7 @@ It speaks over memory BIOs, so it waits for nothing, and works with the contexts
 """
 
 import errno
+import functools
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -272,9 +273,9 @@ class Filter:
         if self._outgoing.pending:
             self._send_own()
         if self._late is not None:
+            self._be_ready()  # to tell it again, or first of all
             if not pieces:
                 return self._end()
-            self._be_ready()
         if not pieces:
             raise BlockingIOError(errno.EAGAIN, "no whole TLS record has come yet")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -437,24 +438,27 @@ def _hear_sni(context: ssl.SSLContext) -> None:
         if base.__module__ == "_ssl":
             below = vars(base)["sni_callback"]
             wrapped = below.__get__(context)
-            user_function = getattr(wrapped, "user_function", None)
-            if user_function is not None and not isinstance(wrapped, _SNICallback):
-                below.__set__(context, _SNICallback(user_function))
+            if hasattr(wrapped, "user_function") and not hasattr(wrapped, "called_by_all"):
+                kind: Any = _called_by_all(type(wrapped))  # type: ignore[arg-type]
+                below.__set__(context, kind(wrapped.user_function))
             return
+
+
+@functools.cache
+def _called_by_all(wrapper: Any) -> Any:
+    """Return a subclass of gevent's wrapper, for gevent's getter to unwrap, that can be called for memory BIOs too."""
+
+    class SNICallback(wrapper):  # type: ignore[misc]
+        __slots__ = ()
+
+        called_by_all = True
+
+        def __call__(self, connection: Any, *args: Any) -> Any:
+            socket = getattr(connection, "_sslsock", None)
+            return self.user_function(connection if socket is None else socket(), *args)
+
+    return SNICallback
 
 
 def _truncated() -> ssl.SSLError:
     return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection without a TLS goodbye: something may be missing")
-
-
-class _SNICallback:
-    """Calls an SNI callback with the SSLObject of a memory BIO, or with the socket that gevent has given its own."""
-
-    __slots__ = ("user_function",)
-
-    def __init__(self, user_function: Callable[..., Any]) -> None:
-        self.user_function = user_function
-
-    def __call__(self, connection: Any, *args: Any) -> Any:
-        socket = getattr(connection, "_sslsock", None)
-        return self.user_function(connection if socket is None else socket(), *args)

@@ -48,7 +48,7 @@ class TLSOptions:
         server_hostname: for a client, the name to ask for, and to find in the certificate; None: the host that was dialled.
         handshake_timeout: seconds; missing if it was not given.
         has_certificate: whether there is a certificate, as far as one can tell.
-        files: the files that certificates and keys were read from.
+        files: all files that were read. certificates: those of the own certificates.
 
     Raises:
         TypeError: `options` is neither dict nor SSLContext, an option is unknown or of the wrong type.
@@ -56,7 +56,17 @@ class TLSOptions:
         OSError: a file cannot be read; an ssl.SSLError if it does not hold what it should.
     """
 
-    __slots__ = ("_call", "_options", "context", "files", "handshake_timeout", "has_certificate", "server_hostname", "server_side")
+    __slots__ = (
+        "_call",
+        "_options",
+        "certificates",
+        "context",
+        "files",
+        "handshake_timeout",
+        "has_certificate",
+        "server_hostname",
+        "server_side",
+    )
 
     def __init__(self, call: str, options: Any, *, server_side: bool, may_choose: bool = False) -> None:
         self._call = call
@@ -73,6 +83,7 @@ class TLSOptions:
         if "handshake_timeout" in self._options:
             self.handshake_timeout = seconds(f"{call}: handshake_timeout", self._options["handshake_timeout"])
         self.files: list[str] = []
+        self.certificates: list[str] = []
         self.has_certificate = False
         self.context: ssl.SSLContext = self._context()
 
@@ -196,6 +207,7 @@ class TLSOptions:
         if self.server_side:
             if authorities is not None:
                 self._reading(authorities, context.load_verify_locations, authorities)
+                self.files.append(str(authorities))
             elif needed is not None and needed != ssl.CERT_NONE:
                 raise ValueError(f"{self._call}: cert_reqs asks clients for a certificate; give ca_certs, by whom it has to be signed")
 
@@ -204,6 +216,7 @@ class TLSOptions:
         certificate, key, password = (options.get(name) for name in ("certfile", "keyfile", "password"))
         if certificate is not None:
             self._reading(certificate, context.load_cert_chain, certificate, key, password, also=key)
+            self.certificates.append(str(certificate))
             self.files += [str(one) for one in (certificate, key) if one is not None]
             self.has_certificate = True
         elif key is not None or password is not None:
@@ -217,7 +230,10 @@ class TLSOptions:
         if protocols is not None:
             if isinstance(protocols, (str, bytes)) or not all(isinstance(one, str) for one in protocols):
                 raise TypeError(f"{self._call}: alpn_protocols{where} is a list of str, such as ['h2', 'http/1.1'], not {protocols!r}")
-            context.set_alpn_protocols(list(protocols))
+            try:
+                context.set_alpn_protocols(list(protocols))
+            except (ssl.SSLError, UnicodeEncodeError) as error:
+                raise ValueError(f"{self._call}: alpn_protocols{where}, {protocols!r}: {error}") from error
 
     def _reading(self, path: Any, load: Callable[..., Any], *args: Any, also: Any = None, **kwargs: Any) -> Any:
         try:

@@ -31,6 +31,9 @@ ACCEPT_AT_ONCE = 100
 BACK_OFF_LEAST = 0.05
 BACK_OFF_MOST = 1.0
 
+#: Callbacks that are about one connection: what they raise does not close the server.
+FOR_ONE_CONNECTION = ("on_accept", "on_ssl_wrap_error")
+
 #: Seconds since the latest shortage of descriptors after which another one is worth a line of its own in the log.
 EPISODE = 1.0
 
@@ -271,13 +274,13 @@ class StreamServer(ServerTLS):
     def on_error(self, exception: BaseException) -> None:
         """A callback raised, or the listener broke; by default it is logged and the server closed.
 
-        *When*: after the callback that raised. What ``on_accept`` or the constructor of a connection raises costs that
-        connection only: it comes here only if this is overridden, and the server stays.
+        *When*: after the callback that raised. What ``on_accept``, ``on_ssl_wrap_error`` or the constructor of a connection
+        raises costs that connection only, and the server stays; the first and the last come here only if this is overridden.
         *Runs in*: a greenlet of the server's own; for ``on_listen`` in that of ``listen()``.
         *Socket*: listening.
         """
         self._log(logging.ERROR, "%s raised %r", self._failing or "accepting", exception, event="callback_error", exc_info=exception)
-        if self._failing != "on_accept":
+        if self._failing not in FOR_ONE_CONNECTION:
             self._shut(CloseReason.CALLBACK_ERROR, exception)
 
     def on_accept(self, sock: Any, addr: Any) -> None:
