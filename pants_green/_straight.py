@@ -35,8 +35,6 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     if timeout != 0 or isinstance(timeout, bool):
         timeout = seconds(f"read() on {stream!r}: timeout (which may be 0, too)", timeout)
     _check_place(stream)
-    if stream._secure and stream._shaking:
-        stream._shake_hands()
     inbox = stream._inbox
     # What the batch still holds comes first. From now on chunks are found one by one, so that the outer loop and this one can
     # take turns.
@@ -89,6 +87,8 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
         may_receive = timeout == 0
         turn_began = 0.0
         while True:
+            if stream._secure and stream._shaking:
+                _shake_hands(stream, alarm, timeout)
             chunk = _find(stream, framer)
             if chunk is not NOTHING:
                 stream._own_seen = stream._own_output
@@ -100,10 +100,10 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
             received = _receive(stream) if may_receive else 0
             while not received and stream._state in READABLE:
                 if alarm.rang:
-                    raise ReadTimeout(f"read() on {stream!r}: no whole chunk came within {timeout:g} seconds")
+                    raise _timed_out(stream, timeout)
                 stream._wait(stream._reader)
                 if stream._secure and stream._shaking:  # startSSL() in another greenlet
-                    stream._shake_hands()
+                    break
                 turn_began = 0.0
                 received = _receive(stream)
             may_receive = False
@@ -115,6 +115,18 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
                 may_receive = now - turn_began < TURN
             elif received < KIB:
                 stream._receive_size = RECEIVE_LEAST
+
+
+def _shake_hands(stream: "Stream[...]", alarm: "_Alarm", timeout: float | None) -> None:
+    """Do the TLS handshake that is due, as far as there is time."""
+    stream._shake_hands(alarm)
+    if stream._shaking and alarm.rang and stream._state in READABLE:
+        raise _timed_out(stream, timeout)
+    stream._inbox.put_back(stream._framer)  # chunks one by one, as `read` has said
+
+
+def _timed_out(stream: "Stream[...]", timeout: float | None) -> ReadTimeout:
+    return ReadTimeout(f"read() on {stream!r}: no whole chunk came within {timeout:g} seconds")
 
 
 def _find(stream: "Stream[...]", framer: Framer[Any] | None) -> Any:

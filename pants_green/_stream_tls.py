@@ -58,6 +58,8 @@ def _filter(stream: "Stream[...]", options: TLSOptions, clear: int = 0) -> Filte
     hostname = None
     if not options.server_side:
         hostname = options.server_hostname or _dialled_host(stream)
+        if hostname is not None:
+            hostname = hostname.rstrip(".")  # the root of all names, which no certificate knows
         if hostname is None and options.context.check_hostname:
             raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? Give server_hostname, for no host was dialled")
     raw = (stream._recv, stream._send, stream._reader, stream._writer)
@@ -70,44 +72,49 @@ def _dialled_host(stream: "Stream[...]") -> str | None:
     host = stream._host
     if host is None and stream._key is None and isinstance(stream._remote, tuple):
         host = stream._remote[0]
-    return host.partition("%")[0].rstrip(".") if host else None
+    return host.partition("%")[0] if host else None
 
 
-def shake_hands(stream: "Stream[...]") -> None:
-    """Do the handshake that is due. When this returns it is done, or the stream is closed.
+def shake_hands(stream: "Stream[...]", alarm: Any = None) -> None:
+    """Do the handshake that is due. When this returns it is done, or the stream is closed, or the time of `alarm` is up.
 
     What is posted meanwhile waits.
+
+    Args:
+        alarm: something whose `rang` ends the wait; it has to alert the stream.
     """
     tls = stream._tls
     try:
         if tls is None:
             assert stream._tls_options is not None
             tls = stream._tls = _filter(stream, stream._tls_options)
-        _send_what_is_clear(stream, tls)
-        _limited_handshake(stream, tls)
+        _send_what_is_clear(stream, tls, alarm)
+        _limited_handshake(stream, tls, alarm)
     except (OSError, ValueError) as error:
         _failed(stream, error)
         return
-    if stream._state is not CLOSED:
+    if tls.established and stream._state is not CLOSED:
         _established(stream, tls)
 
 
-def _send_what_is_clear(stream: "Stream[...]", tls: Filter) -> None:
+def _send_what_is_clear(stream: "Stream[...]", tls: Filter, alarm: Any) -> None:
     while tls.clear and stream._state is not CLOSED:
         stream._sending = False
         stream._flush()
-        if tls.clear and stream._state is not CLOSED:
-            stream._wait(tls.raw[3])
-
-
-def _limited_handshake(stream: "Stream[...]", tls: Filter) -> None:
-    seconds = _limit_of(stream)
-    if seconds is not None:
-        stream._limit("handshake", seconds)
-    while stream._state is not CLOSED:
-        watcher = tls.shake_hands()
-        if watcher is None:
+        if not tls.clear or stream._state is CLOSED or (alarm and alarm.rang):
             break
+        stream._wait(tls.raw[3])
+
+
+def _limited_handshake(stream: "Stream[...]", tls: Filter, alarm: Any) -> None:
+    if tls.clear:
+        return
+    seconds = _limit_of(stream)
+    if seconds is not None and not (stream._limits is not None and stream._limits.runs("handshake")):
+        stream._limit("handshake", seconds)
+    while stream._state is not CLOSED and (watcher := tls.shake_hands()) is not None:
+        if alarm and alarm.rang:
+            return
         stream._wait(watcher)
     if stream._limits is not None:
         stream._limits.end("handshake")

@@ -291,9 +291,9 @@ class Filter:
                 total += len(data)
                 if data:
                     pieces.append(data)
+                    self._whole = True
                 else:
                     self._late = b""
-            self._whole = True
         except ssl.SSLError as error:
             self._not_read(error)
         return total

@@ -214,8 +214,8 @@ class Stream(StreamState[Chunk]):
         begin(self, ssl_options)
         return self
 
-    def _shake_hands(self) -> None:
-        shake_hands(self)
+    def _shake_hands(self, alarm: Any = None) -> None:
+        shake_hands(self, alarm)
 
     def _open_securely(self) -> None:
         """Do the handshake, unless the server has done it."""
