@@ -1,16 +1,20 @@
-"""The server under test: ``python benchmarks/echo_server.py MODE PORT``.
+"""The server under test: ``python benchmarks/echo_server.py MODE PORT [CERTFILE KEYFILE]``.
 
-MODE is ``echo`` (whatever is read is written back), ``line`` (one callback per CRLF-ended line, which writes it back) or
-``change`` (the same for lines and bodies of 16 bytes in turn: each callback changes the delimiter). It listens on 127.0.0.1 and
-prints READY.
+MODE is ``echo`` (whatever is read is written back), ``tls`` (the same over TLS; without a certificate it makes one), ``line``
+(one callback per CRLF-ended line, which writes it back) or ``change`` (the same for lines and bodies of 16 bytes in turn: each
+callback changes the delimiter). It listens on 127.0.0.1 and prints READY.
 
 The other modes are there to be measured against each other. Each cuts the load generator's lines in another way, and writes for
 every chunk the same bytes, the line that it should have been, so that they differ in nothing but the cutting.
 """
 
+import argparse
+import os
 import re
+import ssl
 import struct
-import sys
+import subprocess
+import tempfile
 
 from pants_green import Engine, Server, Stream
 
@@ -70,6 +74,7 @@ class Pairs(Stream):
 
 MODES = {
     "echo": Echo,
+    "tls": Echo,
     "line": Lines,
     "change": Changing,
     "bytes8": cut(b"\r\n", 8),
@@ -81,10 +86,32 @@ MODES = {
 }
 
 
+def options_of(cert, key):
+    """Return what startSSL() takes; without a certificate that of one which lives as long as this process."""
+    if cert is not None:
+        return {"certfile": cert, "keyfile": key}
+    with tempfile.TemporaryDirectory() as folder:
+        cert, key = (os.path.join(folder, name) for name in ("cert.pem", "key.pem"))
+        make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-keyout", key, "-out", cert]
+        subprocess.run(make, check=True, stderr=subprocess.DEVNULL)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key)
+        return context
+
+
 def main() -> None:
-    if len(sys.argv) != 3 or sys.argv[1] not in MODES or not sys.argv[2].isdigit():
-        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(MODES)}}} PORT")
-    Server(MODES[sys.argv[1]]).listen(("127.0.0.1", int(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("port", type=int)
+    parser.add_argument("files", nargs="*", help="the certificate and its key, in the place of --cert and --key")
+    parser.add_argument("--cert")
+    parser.add_argument("--key")
+    given = parser.parse_args()
+    server = Server(MODES[given.mode])
+    if given.mode == "tls":
+        cert, key = (*given.files, None, None)[:2]
+        server.startSSL(options_of(given.cert or cert, given.key or key))
+    server.listen(("127.0.0.1", given.port))
     print("READY", flush=True)
     Engine.instance().start()
 

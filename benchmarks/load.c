@@ -1,7 +1,7 @@
 /*
  * load.c - a small single-threaded epoll load generator for echo servers on 127.0.0.1.
  *
- *   load MODE [-p port] [-c conns] [-m bytes] [-l bytes] [-k count] [-b batch] [-t seconds] [-w window] [-e]
+ *   load MODE [-p port] [-c conns] [-m bytes] [-l bytes] [-k count] [-b batch] [-t seconds] [-w window] [-e] [-T]
  *
  * MODE is one of
  *   pingpong  one M-byte message in flight per connection, echoed back
@@ -16,7 +16,8 @@
  *             can make it), then CRLF; waits for the echo: shows O(n^2) delimiter scans
  *
  * A run ends after K operations or T seconds, whichever comes first. All echoes are compared with what was sent. One JSON
- * object is printed.
+ * object is printed. -T speaks TLS, in every mode but churn, whatever certificate the server has; for that compile with
+ * -DWITH_TLS and link with -lssl -lcrypto.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -35,14 +36,20 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef WITH_TLS
+#include <openssl/ssl.h>
+#endif
 
 typedef struct {
     int fd, idx, want_out, st;
     size_t out, in;          /* bytes sent / received of the current unit */
     uint64_t t0;
+#ifdef WITH_TLS
+    SSL *ssl;                /* NULL without TLS */
+#endif
 } conn;
 
-static int port = 9000, nconn = 1, batch = 100, exch = 0;
+static int port = 9000, nconn = 1, batch = 100, exch = 0, tls = 0;
 static size_t msg = 64, head = 0, window = 4u << 20;
 static uint64_t count = 1000000000ull;
 static double tmax = 1.0;
@@ -54,6 +61,9 @@ static uint32_t *lat;        /* latencies, in 1/100 microseconds */
 static size_t nlat, caplat;
 static uint64_t ops, bytes, errors, lost;
 static char rbuf[1 << 18];
+#ifdef WITH_TLS
+static SSL_CTX *ctx;
+#endif
 
 static uint64_t now_ns(void) {
     struct timespec ts;
@@ -88,17 +98,42 @@ static void watch(conn *c, int op, int out) {
     c->want_out = out;
     if (epoll_ctl(ep, op, c->fd, &e) < 0) die("epoll_ctl");
 }
+/* as recv and send; with TLS less than was asked for may be all there is in one record, so only EAGAIN tells that there is no more */
+#ifdef WITH_TLS
+static ssize_t tls_result(conn *c, int r) {
+    if (r > 0) return r;
+    int e = SSL_get_error(c->ssl, r);
+    if (e == SSL_ERROR_ZERO_RETURN) return 0;
+    errno = e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE ? EAGAIN : EPROTO;
+    return -1;
+}
+static ssize_t get(conn *c, void *to, size_t n) {
+    return c->ssl ? tls_result(c, SSL_read(c->ssl, to, (int)n)) : recv(c->fd, to, n, 0);
+}
+static ssize_t put(conn *c, const void *from, size_t n) {
+    return c->ssl ? tls_result(c, SSL_write(c->ssl, from, (int)n)) : send(c->fd, from, n, MSG_NOSIGNAL);
+}
+static void shake_hands(conn *c) {
+    errno = 0;
+    if (!(c->ssl = SSL_new(ctx)) || !SSL_set_fd(c->ssl, c->fd) || SSL_connect(c->ssl) != 1) die("TLS handshake");
+}
+#else
+static ssize_t get(conn *c, void *to, size_t n) { return recv(c->fd, to, n, 0); }
+static ssize_t put(conn *c, const void *from, size_t n) { return send(c->fd, from, n, MSG_NOSIGNAL); }
+static void shake_hands(conn *c) { (void)c; }
+#endif
 static void connect_blocking(conn *c) {
     c->fd = open_sock(c->idx);
     struct timeval tv = {.tv_sec = 10};
     setsockopt(c->fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
     if (connect(c->fd, (struct sockaddr *)&sa, sizeof sa) < 0) die("connect");
+    if (tls) shake_hands(c);
     nonblock(c->fd);
 }
 /* write what is left of the unit; returns 0 when the connection is broken */
 static int push_unit(conn *c) {
     while (c->out < unit) {
-        ssize_t r = send(c->fd, pat + c->out, unit - c->out, MSG_NOSIGNAL);
+        ssize_t r = put(c, pat + c->out, unit - c->out);
         if (r < 0) {
             if (errno != EAGAIN) return 0;
             if (!c->want_out) watch(c, EPOLL_CTL_MOD, 1);
@@ -141,7 +176,7 @@ static void echo_units(const char *mode, conn *cs, int is_lines) {
             for (;;) {
                 size_t room = unit - c->in;
                 if (room > sizeof rbuf) room = sizeof rbuf;
-                ssize_t r = recv(c->fd, rbuf, room, 0);
+                ssize_t r = get(c, rbuf, room);
                 if (r < 0 && errno == EAGAIN) break;
                 if (r <= 0) { errors++; alive--; epoll_ctl(ep, EPOLL_CTL_DEL, c->fd, 0); break; }
                 if (memcmp(rbuf, pat + c->in, (size_t)r)) { printf("{\"error\": \"echo differs\"}\n"); exit(1); }
@@ -154,7 +189,7 @@ static void echo_units(const char *mode, conn *cs, int is_lines) {
                     if (!push_unit(c)) { errors++; }
                     break;      /* nothing can be there yet */
                 }
-                if ((size_t)r < room) break;
+                if ((size_t)r < room && !tls) break;
             }
         }
     }
@@ -174,8 +209,8 @@ static void bulk(conn *cs) {
         for (int i = 0; i < n; i++) {
             conn *c = ev[i].data.ptr;
             if (ev[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR)) {
-                for (int k = 0; k < 8; k++) {
-                    ssize_t r = recv(c->fd, rbuf, sizeof rbuf, 0);
+                for (int k = 0; k < (tls ? 64 : 8); k++) {
+                    ssize_t r = get(c, rbuf, sizeof rbuf);
                     if (r < 0 && errno == EAGAIN) break;
                     if (r <= 0) { errors++; alive--; epoll_ctl(ep, EPOLL_CTL_DEL, c->fd, 0); goto next; }
                     /* the stream is a repetition of a 256 byte pattern */
@@ -183,17 +218,17 @@ static void bulk(conn *cs) {
                         printf("{\"error\": \"echo differs\"}\n"); exit(1);
                     }
                     c->in += (size_t)r; bytes += (uint64_t)r;
-                    if ((size_t)r < sizeof rbuf) break;
+                    if ((size_t)r < sizeof rbuf && !tls) break;
                 }
                 if (!c->want_out && c->out - c->in < window / 2) watch(c, EPOLL_CTL_MOD, 1);
             }
             if (c->want_out) {
-                for (int k = 0; k < 4; k++) {
+                for (int k = 0; k < (tls ? 64 : 4); k++) {
                     if (c->out - c->in >= window) { watch(c, EPOLL_CTL_MOD, 0); break; }
-                    ssize_t r = send(c->fd, pat + (c->out & 255), big, MSG_NOSIGNAL);
+                    ssize_t r = put(c, pat + (c->out & 255), big);
                     if (r < 0) { if (errno != EAGAIN) errors++; break; }
                     c->out += (size_t)r;
-                    if ((size_t)r < big) break;
+                    if ((size_t)r < big && !tls) break;
                 }
             }
         next:;
@@ -245,9 +280,9 @@ static void idle(conn *cs) {
         if (exch) {
             struct pollfd p = {.fd = cs[i].fd, .events = POLLIN};
             size_t got = 0;
-            if (send(cs[i].fd, pat, unit, MSG_NOSIGNAL) != (ssize_t)unit) die("write");
+            if (put(&cs[i], pat, unit) != (ssize_t)unit) die("write");
             while (got < unit) {
-                ssize_t r = recv(cs[i].fd, rbuf, sizeof rbuf, 0);
+                ssize_t r = get(&cs[i], rbuf, sizeof rbuf);
                 if (r > 0) { got += (size_t)r; continue; }
                 if (r == 0 || errno != EAGAIN) die("read");
                 if (poll(&p, 1, 10000) <= 0) die("poll");
@@ -268,11 +303,11 @@ static void dribble(conn *cs) {
     while (got < total) {
         if (sent < total) {
             size_t n = total - sent < msg ? total - sent : msg;
-            ssize_t r = send(c->fd, line + sent, n, MSG_NOSIGNAL);
+            ssize_t r = put(c, line + sent, n);
             if (r > 0) sent += (size_t)r;
             else if (errno != EAGAIN) die("write");
         }
-        ssize_t r = recv(c->fd, rbuf, sizeof rbuf, 0);
+        ssize_t r = get(c, rbuf, sizeof rbuf);
         if (r > 0) { if (rbuf[0] != 'x' && rbuf[0] != '\r' && rbuf[0] != '\n') die("differs"); got += (size_t)r; }
         else if (r == 0) die("closed");
         else if (sent == total) { struct pollfd p = {.fd = c->fd, .events = POLLIN}; poll(&p, 1, 100); }
@@ -286,7 +321,7 @@ int main(int argc, char **argv) {
     const char *mode = argv[1];
     int o;
     optind = 2;
-    while ((o = getopt(argc, argv, "p:c:m:l:k:b:t:w:e")) != -1) switch (o) {
+    while ((o = getopt(argc, argv, "p:c:m:l:k:b:t:w:eT")) != -1) switch (o) {
         case 'p': port = atoi(optarg); break;
         case 'c': nconn = atoi(optarg); break;
         case 'm': msg = (size_t)atol(optarg); break;
@@ -296,12 +331,24 @@ int main(int argc, char **argv) {
         case 't': tmax = atof(optarg); break;
         case 'w': window = (size_t)atol(optarg); break;
         case 'e': exch = 1; break;
+        case 'T': tls = 1; break;
         default: return 2;
     }
     signal(SIGPIPE, SIG_IGN);
     sa.sin_family = AF_INET; sa.sin_port = htons(port);
     sa.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (msg < 2 || head == 1 || head > msg || nconn < 1 || nconn > 20000 || tmax > 300) { fprintf(stderr, "bad option\n"); return 2; }
+    if (tls) {
+#ifdef WITH_TLS
+        if (!(ctx = SSL_CTX_new(TLS_client_method()))) die("TLS");
+        /* a write that comes back with EAGAIN is made again with the same bytes, and takes as many records as there is room for */
+        SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+#else
+        printf("{\"error\": \"the load generator was built without TLS\"}\n");
+        return 1;
+#endif
+        if (!strcmp(mode, "churn")) { fprintf(stderr, "churn has no TLS\n"); return 2; }
+    }
     ep = epoll_create1(0);
     caplat = 8u << 20; lat = malloc(caplat * sizeof *lat);
     conn *cs = calloc((size_t)nconn, sizeof *cs);

@@ -1,8 +1,9 @@
-"""The servers to measure against: ``python benchmarks/peers.py PEER MODE PORT``.
+"""The servers to measure against: ``python benchmarks/peers.py PEER MODE PORT [CERTFILE KEYFILE]``.
 
-MODE is ``echo`` (whatever is read is written back), ``line`` (split at CRLF; one callback, or one step of the loop, per line
-writes it back) or, for the two of gevent, ``change`` (lines and bodies of 16 bytes in turn; the chunk is cut from the front of
-what was received, and the rest kept). All set TCP_NODELAY, listen on 127.0.0.1 and print READY. PEER is one of
+MODE is ``echo`` (whatever is read is written back), ``tls`` (the same over TLS, for which the two files are needed), ``line``
+(split at CRLF; one callback, or one step of the loop, per line writes it back) or, for the two of gevent, ``change`` (lines and
+bodies of 16 bytes in turn; the chunk is cut from the front of what was received, and the rest kept). All set TCP_NODELAY, listen
+on 127.0.0.1 and print READY. PEER is one of
 
     gevent       a StreamServer and the loop that one writes by hand: a sendall for each line
     gevent-join  the same with the lines of one recv joined for one sendall: the best that such a loop can do
@@ -12,6 +13,7 @@ what was received, and the rest kept). All set TCP_NODELAY, listen on 127.0.0.1 
 
 import socket
 import sys
+from ssl import PROTOCOL_TLS_SERVER, SSLContext
 
 EOL = b"\r\n"
 BACKLOG = 1024
@@ -23,7 +25,14 @@ def ready():
     print("READY", flush=True)
 
 
-def serve_gevent(mode, port, joined=False):
+def secure(context, files):
+    """Return a context of ssl's, or of gevent's, with the certificate in two files."""
+    context.load_cert_chain(*files)
+    return context
+
+
+def serve_gevent(mode, port, *files, joined=False):
+    from gevent import ssl
     from gevent.server import StreamServer
 
     def echo(sock):
@@ -61,7 +70,7 @@ def serve_gevent(mode, port, joined=False):
             if answer:
                 sock.sendall(b"".join(answer))
 
-    serve = {"echo": echo, "line": joined_lines if joined else each_line, "change": changing}[mode]
+    serve = {"echo": echo, "tls": echo, "line": joined_lines if joined else each_line, "change": changing}[mode]
 
     def handle(sock, address):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -70,13 +79,14 @@ def serve_gevent(mode, port, joined=False):
         except OSError:
             pass
 
-    server = StreamServer(("127.0.0.1", port), handle, backlog=BACKLOG)
+    options = {"ssl_context": secure(ssl.SSLContext(PROTOCOL_TLS_SERVER), files)} if files else {}
+    server = StreamServer(("127.0.0.1", port), handle, backlog=BACKLOG, **options)
     server.start()
     ready()
     server.serve_forever()
 
 
-def serve_asyncio(mode, port, run=None):
+def serve_asyncio(mode, port, *files, run=None):
     import asyncio
     import logging
 
@@ -112,28 +122,31 @@ def serve_asyncio(mode, port, run=None):
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
-        server = await asyncio.get_running_loop().create_server(Echo if mode == "echo" else Lines, sock=listener, backlog=BACKLOG)
+        context = secure(SSLContext(PROTOCOL_TLS_SERVER), files) if files else None
+        protocol = Lines if mode == "line" else Echo
+        server = await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=BACKLOG, ssl=context)
         ready()
         await server.serve_forever()
 
     (run or asyncio.run)(main())
 
 
-def serve_uvloop(mode, port):
+def serve_uvloop(mode, port, *files):
     import uvloop
 
-    serve_asyncio(mode, port, uvloop.run)
+    serve_asyncio(mode, port, *files, run=uvloop.run)
 
 
-def serve_gevent_joined(mode, port):
-    serve_gevent(mode, port, joined=True)
+def serve_gevent_joined(mode, port, *files):
+    serve_gevent(mode, port, *files, joined=True)
 
 
 PEERS = {"gevent": serve_gevent, "gevent-join": serve_gevent_joined, "asyncio": serve_asyncio, "uvloop": serve_uvloop}
-MODES = dict.fromkeys(PEERS, ("echo", "line")) | dict.fromkeys(("gevent", "gevent-join"), ("echo", "line", "change"))
+MODES = dict.fromkeys(PEERS, ("echo", "tls", "line")) | dict.fromkeys(("gevent", "gevent-join"), ("echo", "tls", "line", "change"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[2] not in MODES.get(sys.argv[1], ()) or not sys.argv[3].isdecimal():
-        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(PEERS)}}} {{echo|line|change}} PORT")
-    PEERS[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    peer, mode, port, *files = [*sys.argv[1:], "", "", ""] if len(sys.argv) < 4 else sys.argv[1:]
+    if mode not in MODES.get(peer, ()) or not port.isdecimal() or len(files) != (2 if mode == "tls" else 0):
+        sys.exit(f"usage: {sys.argv[0]} {{{'|'.join(PEERS)}}} {{echo|line|change}} PORT  or  ... tls PORT CERTFILE KEYFILE")
+    PEERS[peer](mode, int(port), *files)

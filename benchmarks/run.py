@@ -7,7 +7,8 @@ For each bench every server is started once and stays up; a load generator in C 
 from round to round, so that whatever else the machine does hits all of them alike. Servers and load have a CPU each, if there
 are two. Only the ratios of one run mean anything, and of these work per CPU second is the one that repeats.
 
-Linux only (epoll, /proc); needs a C compiler, named by CC or cc. Nothing leaves 127.0.0.1.
+Linux only (epoll, /proc); needs a C compiler, named by CC or cc, and for TLS the headers and the command of OpenSSL. Nothing
+leaves 127.0.0.1.
 """
 
 import argparse
@@ -29,13 +30,15 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 BUILD = HERE / "build"
 LOAD = BUILD / "load"
+TLS_LOAD = BUILD / "load-tls"
+CERTIFICATE = (BUILD / "certificate.pem", BUILD / "key.pem")
 OURS = "pants_green"
 PEERS = ("gevent", "gevent-join", "asyncio", "uvloop")
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 class Bench(NamedTuple):
-    mode: str  # what the servers do: echo, line or another mode of our server
+    mode: str  # what the servers do: echo, line, tls or another mode of our server
     load: str  # the arguments of the load generator
     about: str
     fixed: bool = False  # a fixed amount of work, not a fixed time
@@ -53,6 +56,8 @@ BENCHES = {
     "churn": Bench("line", "churn -c 16 -m 16", "connect, one line, close; 16 at once"),
     "dribble": Bench("line", "dribble -k 4194304 -m 1448", "one line of 4 MiB in pieces of 1448 B", fixed=True),
     "idle": Bench("line", "idle -e -c 1000", "memory of 1000 idle connections (less is better)"),
+    "tlspp": Bench("tls", "pingpong -T -c 16 -m 64", "TLS 64 B ping-pong, 16 connections"),
+    "tlsbulk": Bench("tls", "bulk -T -c 2", "TLS streaming echo, 2 connections"),
     "int8": Bench("int8", "lines -c 16 -m 8 -b 100", "100 chunks of 8 B, int", against=("bytes8",)),
     "struct8": Bench("struct8", "lines -c 16 -m 8 -b 100", "100 chunks of 8 B, Struct", against=("bytes8",)),
     "int64": Bench("int64", "lines -c 16 -m 64 -b 100", "100 chunks of 64 B, int", against=("bytes64",)),
@@ -88,7 +93,7 @@ class Server:
         # A file and not a pipe: nobody reads what it says there before it fails, and a full pipe would stop it.
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, script), str(self.port)],
+            [sys.executable, *map(str, script), str(self.port), *map(str, CERTIFICATE if mode == "tls" else ())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -141,7 +146,7 @@ def build():
     compiler = os.environ.get("CC") or "cc"
     if sys.platform != "linux":
         sys.exit("The benchmarks run on Linux only: the load generator uses epoll.")
-    if LOAD.exists() and LOAD.stat().st_mtime > source.stat().st_mtime:
+    if is_newer(LOAD, source):
         return
     if shutil.which(compiler) is None:
         sys.exit(f"The load generator is in C, and there is no {compiler} here. Install a C compiler, or name one:  CC=clang make bench")
@@ -149,8 +154,30 @@ def build():
     subprocess.run([compiler, "-O2", "-o", str(LOAD), str(source)], check=True)
 
 
-def start_load(arguments, port, seconds):
-    command = [str(LOAD), *arguments.split(), "-p", str(port), "-t", f"{seconds:.2f}"]
+def build_for_tls():
+    """Compile the load generator once more, with TLS, and make a certificate; return why that is not possible, if it is not."""
+    source = HERE / "load.c"
+    if not is_newer(TLS_LOAD, source):
+        command = [os.environ.get("CC") or "cc", "-O2", "-DWITH_TLS", "-o", str(TLS_LOAD), str(source), "-lssl", "-lcrypto"]
+        compiled = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if compiled.returncode:
+            errors = [line for line in compiled.stderr.splitlines() if "error" in line or "cannot find" in line]
+            trouble = errors[0] if errors else "it does not compile"
+            return f"the load generator cannot be built with TLS ({trouble}). Install the headers of OpenSSL (Debian, Ubuntu: libssl-dev)"
+    if not all(file.exists() for file in CERTIFICATE):
+        if shutil.which("openssl") is None:
+            return "there is no openssl here to make a certificate with. Install OpenSSL"
+        subject = ["-days", "3650", "-subj", "/CN=localhost", "-out", str(CERTIFICATE[0]), "-keyout", str(CERTIFICATE[1])]
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject], check=True, stderr=subprocess.DEVNULL)
+    return None
+
+
+def is_newer(file, source):
+    return file.exists() and file.stat().st_mtime > source.stat().st_mtime
+
+
+def start_load(bench, port, seconds):
+    command = [str(TLS_LOAD if bench.mode == "tls" else LOAD), *bench.load.split(), "-p", str(port), "-t", f"{seconds:.2f}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pin(process, -1)
     return process
@@ -161,7 +188,7 @@ def measure(server, bench, seconds):
     if bench.fixed:
         seconds = FIXED_LIMIT
     began = server.cpu_seconds()
-    with start_load(bench.load, server.port, seconds) as load:
+    with start_load(bench, server.port, seconds) as load:
         try:
             output, _ = load.communicate(timeout=seconds + GRACE)
         except subprocess.TimeoutExpired:
@@ -176,7 +203,7 @@ def measure(server, bench, seconds):
 def measure_idle(server, bench):
     """Return the memory that a server takes for each idle connection; the kernel's is not counted."""
     before = server.memory()
-    with start_load(bench.load, server.port, GRACE) as load:
+    with start_load(bench, server.port, GRACE) as load:
         line = load.stdout.readline().decode()  # bounded: the load gives up on a server that does not answer
         time.sleep(0.5)  # for what the server does after its last answer
         after = server.memory()
@@ -256,6 +283,12 @@ def main():
     if not 1 <= options.rounds <= 100 or not 0.1 <= options.seconds <= 60:
         parser.error("--rounds is 1 to 100, --seconds 0.1 to 60")
     build()
+    with_tls = [name for name in benches if BENCHES[name].mode == "tls"]
+    if with_tls and (why := build_for_tls()):
+        print(f"{', '.join(with_tls)}: left out, for {why}.\n", flush=True)
+        benches = [name for name in benches if name not in with_tls]
+        if not benches:
+            sys.exit("Nothing is left to measure.")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if most == resource.RLIM_INFINITY else min(most, 4096), most))
     complaints, table = [], {}

@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pants_green._lifecycle import CloseReason
+from pants_green._tls import TLSTruncated
 from pants_green.channel import Channel
 from pants_green.errors import StreamBufferOverflow, StreamConnectError
 
@@ -189,8 +190,8 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def on_ssl_error(self, exception: Exception) -> None:
         """TLS could not begin, or failed after the handshake; by default this is logged.
 
-        The most frequent one is an ssl.SSLEOFError: the peer ended the connection without TLS' goodbye, so nobody can say
-        whether it, or somebody else, did so. Then ``on_end`` is not called.
+        The most frequent one is an ssl.SSLEOFError: the peer ended the connection without TLS' goodbye, as many do, so nobody can
+        say whether it, or somebody else, did so. Then ``on_end`` is not called; it is logged as INFO if no chunk was unfinished.
 
         *When*: once, after all complete chunks; ``on_close`` follows.
         *Runs in*: the stream's own greenlet.
@@ -199,7 +200,12 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         Args:
             exception: an ssl.SSLError; or a ValueError, if no name is known that the server's certificate should have.
         """
-        self._log(logging.WARNING, "TLS failed: %s", exception, event="ssl_error")
+        harmless = isinstance(exception, TLSTruncated) and not self._in_chunk()
+        self._log(logging.INFO if harmless else logging.WARNING, "TLS failed: %s", exception, event="ssl_error")
+
+    def _in_chunk(self) -> bool:
+        """Tell whether the beginning of a chunk has come."""
+        raise NotImplementedError
 
     # ---- writing
 

@@ -361,8 +361,13 @@ class StreamState(StreamCallbacks[Chunk]):
 
     @property
     def cipher(self) -> tuple[str, str, int] | None:
-        """The name of the cipher, the version of TLS, and the bits of the secret; None before the handshake, or without TLS."""
+        """The name of the cipher, the version of TLS that brought it, and its bits; None before the handshake, or without TLS."""
         return self._tls.object.cipher() if self._tls is not None and self._tls.established else None
+
+    @property
+    def tls_version(self) -> str | None:
+        """The version that both sides speak, such as "TLSv1.3"; None before the handshake, or without TLS."""
+        return self._tls.object.version() if self._tls is not None and self._tls.established else None
 
     @property
     def alpn_protocol(self) -> str | None:
@@ -425,6 +430,9 @@ class StreamState(StreamCallbacks[Chunk]):
         if inbox and self._waiting:
             # It waits for more, but by the new delimiter it may have a chunk already.
             self._interrupt()
+
+    def _in_chunk(self) -> bool:
+        return len(self._inbox) > 0
 
     def _interrupt(self) -> None:
         """Make the greenlet look up from its reading, wherever it is."""

@@ -13,10 +13,13 @@ import ssl
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["DORMANT", "Filter", "TLSError"]
+__all__ = ["DORMANT", "Filter", "TLSError", "TLSTruncated"]
 
 #: The trouble of TLS itself, an OSError.
 TLSError = ssl.SSLError
+
+#: That of them which tells of an end without a goodbye.
+TLSTruncated = ssl.SSLEOFError
 
 #: Bytes of the largest record's content. *Source*: RFC 8446 section 5.1.
 RECORD = 16 * 1024

@@ -65,7 +65,7 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
         return self._filter().object.getpeercert(binary_form)
 
     def cipher(self) -> tuple[str, str, int] | None:
-        """Return the name of the cipher, the version of TLS, and the bits of the secret."""
+        """Return the name of the cipher, the version of TLS that brought it, and its bits."""
         return self._filter().object.cipher()
 
     def version(self) -> str | None:

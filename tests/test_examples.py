@@ -1,12 +1,16 @@
 """Every file in examples/ is run as a user would run it, with a real peer."""
 
+import contextlib
 import re
 import signal
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 
 import pytest
+from certificates import authority, client_context, other_authority, server_context
 from children import PATIENCE, ROOT, Child, Peer, free_port, keyboard_interrupts, wait_until_listening
 
 EXAMPLES = ROOT / "examples"
@@ -242,6 +246,147 @@ def slip(tmp_path):
         assert peer.rest() == b"\xc0olleh\xc0" + b"\xc0\xdc\xdb\xddb\xdb\xdca\xc0"
 
 
+class SecurePeer(Peer):
+    """A Peer that speaks TLS, from the start or from ``secure()`` on; at the end it insists on TLS' goodbye."""
+
+    def __init__(self, port, context=None):
+        super().__init__(port)
+        if context is not None:
+            self.secure(context)
+
+    def secure(self, context):
+        self.socket = context.wrap_socket(self.socket, server_hostname="localhost", suppress_ragged_eofs=False)
+
+
+@contextlib.contextmanager
+def s_client(port, *options):
+    """Run ``openssl s_client -quiet``, of which stdin and stdout are the connection."""
+    command = ["openssl", "s_client", "-connect", f"localhost:{port}", "-quiet", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as client:
+        deadline = threading.Timer(PATIENCE, client.kill)
+        deadline.start()
+        try:
+            yield client
+        finally:
+            deadline.cancel()
+            deadline.join()
+            client.kill()
+
+
+def tls_echo(tmp_path):
+    with Child(EXAMPLES / "tls_echo.py", 0) as child:  # with a certificate of its own
+        port = child.port()
+        with s_client(port, "-tls1_3") as client:
+            assert client.stdout.readline() == b"You speak TLSv1.3.\n"
+            client.stdin.write(b"hello\n")
+            assert client.stdout.readline() == b"hello\n"
+        credulous = ssl.create_default_context()
+        credulous.check_hostname, credulous.verify_mode = False, ssl.CERT_NONE
+        with SecurePeer(port, credulous) as peer:
+            certificate = ssl.DER_cert_to_PEM_cert(peer.socket.getpeercert(True))
+        with SecurePeer(port, ssl.create_default_context(cadata=certificate)) as peer:
+            assert peer.read(19) == b"You speak TLSv1.3.\n"
+        assert f"openssl s_client -connect localhost:{port} -quiet" in child.output
+    with logged("tls_echo.py", 0, *authority().localhost.values()) as child:
+        port = child.port()
+        with SecurePeer(port, client_context("1.2")) as peer:
+            assert peer.read(19) == b"You speak TLSv1.2.\n"
+            data = bytes(range(256)) * 400
+            peer.send(data)
+            assert peer.read(len(data)) == data
+            peer.socket.unwrap()  # each side says goodbye
+        assert child.error_output() == ""
+        with Peer(port) as stranger:
+            stranger.send(b"GET / HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                stranger.read(100)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            SecurePeer(port, ssl.create_default_context(cafile=other_authority().file))
+        with SecurePeer(port, client_context()) as peer:
+            assert peer.read(19) == b"You speak TLSv1.3.\n"
+        assert child.error_output().count("the TLS handshake with 127.0.0.1") == 2
+
+
+def starttls(tmp_path):
+    with logged("starttls.py", 0, *authority().localhost.values()) as child:
+        port = child.port()
+        with Peer(port) as peer:
+            peer.send(b"STARTTLS\r\nNOOP\r\n")  # somebody on the way has put in what is to look as if it had come by TLS
+            expected = b"220 localhost\r\n220 go ahead\r\n"
+            assert peer.read(len(expected)) == expected
+            with contextlib.suppress(ConnectionResetError):
+                assert b"250" not in peer.read(1000)
+        with SecurePeer(port) as peer:
+
+            def says(command, answer):
+                peer.send(command)
+                assert peer.read(len(answer)) == answer
+
+            says(b"", b"220 localhost\r\n")
+            says(b"EHLO me\r\n", b"250-localhost\r\n250 STARTTLS\r\n")
+            says(b"noop\r\nDATA\r\n", b"250 clear text\r\n502 no such command here\r\n")
+            says(b"starttls\r\n", b"220 go ahead\r\n")
+            peer.secure(client_context("1.3"))
+            says(b"NOOP\r\n", b"250 TLSv1.3\r\n")
+            says(b"EHLO me\r\nSTARTTLS\r\n", b"250 localhost\r\n502 no such command here\r\n")
+            says(b"QUIT\r\nNOOP\r\n", b"221 bye\r\n")
+            assert peer.read(1) == b""
+        with s_client(port, "-starttls", "smtp", "-crlf") as client:
+            output, _ = client.communicate(b"NOOP\nQUIT\n")
+            assert output.endswith(b"250 TLSv1.3\r\n221 bye\r\n")
+        with Peer(port) as peer:
+            peer.send(b"QUIT\r\n")
+            assert peer.read(100) == b"220 localhost\r\n221 bye\r\n"
+        (line,) = child.error_output().splitlines()
+        assert "the TLS handshake failed" in line
+
+
+HEAD = "HTTP/1.1 200 OK\r\n"
+
+
+@contextlib.contextmanager
+def fetching(*arguments, context=None):
+    """Run http_client with `arguments`, behind the port of a server; yield the child, and that server's end of the connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        url, *others = arguments
+        with Child(EXAMPLES / "http_client.py", url.format(listener.getsockname()[1]), *others) as child, far_end(listener) as peer:
+            with contextlib.suppress(OSError):  # the client may not like the certificate
+                peer.socket = (context or server_context()).wrap_socket(peer.socket, server_side=True)
+            yield child, peer
+
+
+def fetched(answer, *, goodbye=True):
+    """Return the exit code, the output and the error output of http_client when a server answers so."""
+    with fetching("https://localhost:{}/page?x=1", authority().file) as (child, peer):
+        request = b"GET /page?x=1 HTTP/1.1\r\nHost: localhost:%d\r\nConnection: close\r\n\r\n" % peer.socket.getsockname()[1]
+        assert peer.read(len(request)) == request
+        peer.send(answer.encode())
+        if goodbye:
+            with contextlib.suppress(ssl.SSLEOFError):  # after nonsense the client says none
+                peer.socket.unwrap()
+        peer.socket.close()
+        return child.end(), child.output, child.error_output()
+
+
+def http_client(tmp_path):
+    page = "one line\n" * 100_000
+    length, chunked = f"{HEAD}content-length: {len(page)}\r\n\r\n", f"{HEAD}Transfer-Encoding: Chunked\r\n\r\n"
+    to_the_end = f"{HEAD}X: y\r\n\r\n"
+    assert fetched(length + page) == (0, length + page, "")
+    assert fetched(f"{chunked}5;x=y\r\nhello\r\nC\r\n, you\r\nthere\r\n0\r\n\r\n") == (0, f"{chunked}hello, you\r\nthere", "")
+    assert fetched(to_the_end + page) == (0, to_the_end + page, "")
+    assert fetched(f"{HEAD}Content-Length: 0\r\n\r\n") == (0, f"{HEAD}Content-Length: 0\r\n\r\n", "")
+    assert fetched(f"{chunked}no number\r\n") == (1, chunked, "invalid literal for int() with base 16: b'no number'\n")
+    for answer in (length + "hello", f"{chunked}5\r\nhello\r\n"):
+        code, _, error_output = fetched(answer)
+        assert (code, error_output) == (1, "the answer is not complete\n")
+    for answer in (HEAD, length + "hello", to_the_end + "hello"):
+        code, _, error_output = fetched(answer, goodbye=False)
+        assert code == 1
+        assert "without a TLS goodbye" in error_output
+
+
 def tutorial(name, tmp_path):
     """Return the port and the process of a copy of a tutorial, whose port is fixed, on a free one."""
     port = free_port()
@@ -297,13 +442,16 @@ CHECKS = {
     "blocking.py": blocking,
     "chat.py": chat,
     "echo.py": echo,
+    "http_client.py": http_client,
     "line_oriented.py": line_oriented,
     "printer.py": printer,
     "proxy.py": proxy,
     "regex_split.py": regex_split,
     "slip.py": slip,
     "slow_consumer.py": slow_consumer,
+    "starttls.py": starttls,
     "timers.py": timers,
+    "tls_echo.py": tls_echo,
     "tutorial1.py": tutorial1,
     "tutorial2.py": tutorial2,
     "tutorial3.py": tutorial3,
@@ -339,7 +487,8 @@ def test_s3_26_tutorials_keep_the_lines_that_documents_include():
     assert [line for line in (first[5], third[12], third[20]) if line] == []
 
 
-WITH_A_WORD = [name for name in CHECKS if name not in ("proxy.py", "timers.py") and not name.startswith("tutorial")]
+WITHOUT_A_WORD = ("http_client.py", "proxy.py", "starttls.py", "timers.py", "tutorial1.py", "tutorial2.py", "tutorial3.py")
+WITH_A_WORD = [name for name in CHECKS if name not in WITHOUT_A_WORD]
 
 
 @pytest.mark.parametrize("name", WITH_A_WORD)
@@ -352,9 +501,11 @@ def test_example_ctrl_c_ends_it_with_a_word(name):
         assert "Traceback" not in child.error_output()
 
 
-def test_proxy_ctrl_c_ends_it():
-    with keyboard_interrupts(), Child(EXAMPLES / "proxy.py", 0, "localhost:1") as child:
-        child.expect("forwards to")
+@pytest.mark.parametrize("name", ["proxy.py", "starttls.py"])
+def test_example_ctrl_c_ends_it_without_a_word(name):
+    arguments = {"proxy.py": ["localhost:1"], "starttls.py": authority().localhost.values()}[name]
+    with keyboard_interrupts(), Child(EXAMPLES / name, 0, *arguments) as child:
+        child.expect(r"Ctrl-C ends it\.$")
         child.process.send_signal(signal.SIGINT)
         assert child.end() == 0
         assert child.error_output() == ""
@@ -374,3 +525,54 @@ def test_echo_on_a_port_it_cannot_have_says_so_in_one_line(port):
             }.get(port, line)
             assert str(port) in line or port == "http"
             assert second.output == ""
+
+
+def test_http_client_ctrl_c_ends_it_without_a_word():
+    with keyboard_interrupts(), fetching("https://127.0.0.1:{}", authority().file) as (child, peer):
+        peer.read(len(b"GET / HTTP/1.1\r\n"))
+        child.process.send_signal(signal.SIGINT)
+        assert child.end() == 0
+        assert (child.output, child.error_output()) == ("", "")
+
+
+@pytest.mark.parametrize("wrong", ["authority", "name"])
+def test_http_client_wrong_certificate_says_so_in_one_line(wrong):
+    if wrong == "authority":
+        cafile, certificate = other_authority().file, authority().localhost
+    else:
+        cafile, certificate = authority().file, authority().issue("elsewhere.example")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(**certificate)
+    with fetching("https://localhost:{}", cafile, context=context) as (child, _):
+        assert child.end() == 1
+        (line,) = child.error_output().splitlines()
+        assert {"authority": "unable to get local issuer certificate", "name": "Hostname mismatch"}[wrong] in line
+        assert child.output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trouble"),
+    [
+        (("https://localhost:{}/",), "[Errno 111] cannot connect to localhost:{}: Connection refused"),
+        (("https://localhost/", "no such file"), "cannot read 'no such file': No such file or directory"),
+        (("https://localhost:70000",), "Port out of range 0-65535"),
+    ],
+)
+def test_http_client_what_cannot_work_is_said_in_the_last_line(arguments, trouble):
+    port = free_port()
+    with Child(EXAMPLES / "http_client.py", *(one.format(port) for one in arguments)) as child:
+        assert child.end() == 1
+        assert child.error_output().splitlines()[-1].endswith(trouble.format(port))
+        assert child.output == ""
+
+
+def test_http_client_without_arguments_tells_how_to_try_it():
+    with Child(EXAMPLES / "http_client.py") as child:
+        assert child.end() == 1
+        assert "Try it:  python examples/http_client.py https://" in child.error_output()
+
+
+def test_tls_echo_without_its_files_says_which():
+    with Child(EXAMPLES / "tls_echo.py", 0, "no such file", "no such key") as child:
+        assert child.end() == 1
+        assert child.error_output().splitlines()[-1].endswith("cannot read 'no such file' or 'no such key': No such file or directory")

@@ -4,10 +4,13 @@ import configparser
 import contextlib
 import re
 import socket
+import ssl
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
+from certificates import authority, client_context, server_context
 from children import PATIENCE, ROOT, Child, Peer, free_port, wait_until_listening
 
 import pants_green
@@ -25,7 +28,7 @@ def program(name, tmp_path, port):
     """Start a program of the README on `port`."""
     path = tmp_path / f"{name.replace('-', '_')}.py"
     path.write_text(PROGRAMS[name].replace("4040", str(port)))
-    return Child(path)
+    return Child(path, cwd=tmp_path)
 
 
 def serving(name, tmp_path):
@@ -173,6 +176,77 @@ def pause(tmp_path):
         assert time.monotonic() - began > 0.25
 
 
+def put_certificates(tmp_path):
+    """Put the files there that the README's programs with TLS read."""
+    for stem, names in (("", ("localhost", "127.0.0.1")), ("example", ("www.example.org",))):
+        issued = authority().issue(*names)
+        (tmp_path / f"{stem or 'certificate'}.pem").write_text(Path(issued["certfile"]).read_text())
+        (tmp_path / (f"{stem}.key" if stem else "key.pem")).write_text(Path(issued["keyfile"]).read_text())
+    (tmp_path / "authority.pem").write_text(Path(authority().file).read_text())
+
+
+def secured(peer, context=None, name="localhost"):
+    """Have a Peer speak TLS."""
+    peer.socket = (context or client_context()).wrap_socket(peer.socket, server_hostname=name, suppress_ragged_eofs=False)
+    return peer
+
+
+def tls_server(tmp_path):
+    put_certificates(tmp_path)
+    child, port = serving("tls-server", tmp_path)
+    with child, Peer(port) as peer:
+        secured(peer).send(b"hello")
+        assert peer.read(5) == b"hello"
+
+
+def tls_client(tmp_path):
+    put_certificates(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        with program("tls-client", tmp_path, listener.getsockname()[1]) as child:
+            sock, _ = listener.accept()
+            sock.settimeout(PATIENCE)
+            with sock, server_context().wrap_socket(sock, server_side=True) as peer:
+                assert peer.recv(100) == b"hello\r\n"
+                peer.sendall(b"good day")
+                assert peer.recv(100) == b""
+                assert child.end() == 0
+            name, answer = child.output.splitlines()
+            assert name.startswith("this is (('DNS', 'localhost'), ")
+            assert answer == "the server says good day"
+        with program("tls-client", tmp_path, listener.getsockname()[1]) as child:
+            sock, _ = listener.accept()
+            with sock:
+                sock.settimeout(PATIENCE)
+                sock.sendall(b"220 this is not TLS\r\n")
+                assert child.end() == 0
+            assert "SSL" in child.output
+
+
+def starttls(tmp_path):
+    put_certificates(tmp_path)
+    child, port = serving("starttls", tmp_path)
+    with child, Peer(port) as peer:
+        peer.send(b"hello\r\nSTARTTLS\r\n")
+        assert peer.read(17) == b"hello\r\ngo ahead\r\n"
+        secured(peer, client_context("1.3")).send(b"hello\r\nSTARTTLS\r\n")
+        answer = b"this is TLSv1.3\r\nhello\r\nSTARTTLS\r\n"
+        assert peer.read(len(answer)) == answer
+
+
+def tls_names(tmp_path):
+    put_certificates(tmp_path)
+    child, port = serving("tls-names", tmp_path)
+    with child:
+        for name in ("localhost", "www.example.org"):
+            context = client_context()
+            context.load_cert_chain(**authority().issue("ann@example.org", common_name="Ann"))
+            with Peer(port) as peer:
+                assert secured(peer, context, name).read(14) == b"welcome, Ann\r\n"
+        with Peer(port) as peer, pytest.raises((ssl.SSLError, ConnectionResetError)):
+            secured(peer, client_context("1.3")).read(1)
+
+
 def typed(tmp_path):
     child, port = serving("typed", tmp_path)
     with child, Peer(port) as peer:
@@ -213,11 +287,15 @@ CHECKS = {
     "packed": packed,
     "pause": pause,
     "read": read,
+    "starttls": starttls,
     "testing-conftest": testing,
     "testing-test": testing,
     "text": text,
     "threads": threads,
     "timers": timers,
+    "tls-client": tls_client,
+    "tls-names": tls_names,
+    "tls-server": tls_server,
     "typed": typed,
 }
 

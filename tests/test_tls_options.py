@@ -65,6 +65,11 @@ def test_client_cert_none_checks_neither_certificate_nor_name():
     assert not context.check_hostname
 
 
+def test_clients_that_say_nothing_share_one_context():
+    assert client_options().context is client_options({"server_hostname": "a", "ca_certs": None}).context
+    assert client_options({"check_hostname": False}).context is not client_options().context
+
+
 def test_client_without_check_hostname_still_checks_the_certificate():
     context = client_options({"check_hostname": False}).context
     assert context.verify_mode == ssl.CERT_REQUIRED
