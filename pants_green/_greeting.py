@@ -50,10 +50,11 @@ class Greeting:
             overdue = HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds")
             limit = self._engine._in_hub_after(seconds, self.cut, overdue)
         try:
-            while (watcher := self._tls.shake_hands()) is not None:
+            # An SNI callback of the user's may have waited, too, in which nobody wakes this greenlet: so look before each wait.
+            while (watcher := self._tls.shake_hands()) is not None and self._failure is None:
                 self._wait(watcher)
-                if self._failure is not None:
-                    raise self._failure
+            if self._failure is not None:
+                raise self._failure
         finally:
             if limit is not None:
                 limit.cancel()

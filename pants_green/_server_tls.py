@@ -133,10 +133,11 @@ class ServerTLS(Channel):
         if self._accept_is_overridden():
             sock = TLSSocket._over(sock)
         ports = _sockets.ports_of(sock)
-        tls = Filter(options.context, ports, self._engine._loop.run_callback, server_side=True)
-        greeting = Greeting(self._engine, sock, tls)
-        self._greetings.add(greeting)
+        greeting = None
         try:
+            tls = Filter(options.context, ports, self._engine._loop.run_callback, server_side=True)
+            greeting = Greeting(self._engine, sock, tls)
+            self._greetings.add(greeting)
             greeting.shake_hands(getattr(options, "handshake_timeout", self._handshake_timeout))
         except Exception as error:
             self._not_greeted(sock, remote, error.with_traceback(None))
@@ -145,7 +146,8 @@ class ServerTLS(Channel):
             sock.close()
             raise
         finally:
-            self._greetings.discard(greeting)
+            if greeting is not None:
+                self._greetings.discard(greeting)
         worker.tls = tls
         if isinstance(sock, TLSSocket):
             sock._tls = tls

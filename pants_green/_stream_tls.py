@@ -112,10 +112,13 @@ def _limited_handshake(stream: "Stream[...]", tls: Filter, alarm: Any) -> None:
     seconds = _limit_of(stream)
     if seconds is not None and not (stream._limits is not None and stream._limits.runs("handshake")):
         stream._limit("handshake", seconds)
-    while stream._state is not CLOSED and (watcher := tls.shake_hands()) is not None:
+    # An SNI callback of the user's may wait, too, in which nobody wakes this greenlet: so look before each wait.
+    while (watcher := tls.shake_hands()) is not None and stream._state is not CLOSED:
         if alarm and alarm.rang:
             return
         stream._wait(watcher)
+        if stream._state is CLOSED:
+            break
     if stream._limits is not None:
         stream._limits.end("handshake")
 
@@ -148,6 +151,8 @@ def _established(stream: "Stream[...]", tls: Filter) -> None:
     stream._attention = INTERRUPTED
     stream._inbox.begin_again(stream._framer)
     stream._sending = False
+    if stream._limits is not None:
+        stream._limits.end("write")
     if stream._outbox.items:
         stream._flush()
     elif stream._state is READ_ONLY:

@@ -30,6 +30,10 @@ PIECE = 256 * 1024
 #: Bytes that one flush encrypts at most, before others get their turn.
 BURST = 1024 * 1024
 
+#: Bytes of answers to the peer's requests, mostly for new keys, that may wait for it to read.
+OWN_MOST = 16 * 1024
+
+
 class Dormant:
     """Stands in the place of a watcher for which nothing is to wait."""
 
@@ -117,10 +121,12 @@ class Filter:
     __slots__ = (
         "_early",
         "_encrypted",
+        "_gone",
         "_incoming",
         "_late",
         "_left",
         "_outgoing",
+        "_own",
         "_raw_recv",
         "_raw_send",
         "_read",
@@ -157,14 +163,18 @@ class Filter:
         bare = getattr(self.object, "_sslobj", self.object)  # the methods under those of SSLObject, which only call them
         self._read: Callable[[int], bytes] = bare.read
         self._write: Callable[[Any], int] = bare.write
-        #: Bytes in their encrypted form that the kernel has not taken, and how many bytes of the outbox they stand for.
+        #: Bytes in their encrypted form that the kernel has not taken, and how many bytes of the outbox they stand for; and how
+        #: many of the outbox are gone without its having been told.
         self._left: bytes | memoryview = b""
         self._encrypted = 0
+        self._gone = 0
         #: Whether there is something to read of which the kernel knows nothing: what was read too early, what the handshake
         #: left, and the end, or an error, behind all that.
         self._ready = False
         self._early: list[bytes] = []
-        self._late: bytes | ssl.SSLError | None = None
+        self._late: bytes | OSError | None = None
+        #: Bytes of `_left` that TLS itself had to say.
+        self._own = 0
         self._said_goodbye = False
         #: Whether no part of a record has been read already, so that what comes next is no longer than what is received.
         self._whole = False
@@ -270,6 +280,9 @@ class Filter:
                 raw = self._raw_recv(wanted)
             except BlockingIOError:
                 break
+            except OSError as error:
+                self._late = error.with_traceback(None)  # behind what came before
+                break
             if not raw:
                 break  # it is there once more next time
             incoming.write(raw)
@@ -325,7 +338,7 @@ class Filter:
         return None
 
     def _end(self) -> bytes:
-        if isinstance(self._late, ssl.SSLError):
+        if isinstance(self._late, OSError):
             raise self._late
         return b""
 
@@ -350,9 +363,11 @@ class Filter:
             how many bytes of `data` the kernel has taken, more or less: what is encrypted and waits for room counts in
             proportion, and the last byte only when all is gone. The next call has to go on with the rest.
         """
-        done = 0
-        if self._left:
-            done = self._go_on()
+        done = self._gone
+        if self._left or done:
+            self._gone = 0
+            if self._left:
+                done += self._go_on()
             if self._left:
                 return done
         else:
@@ -393,21 +408,25 @@ class Filter:
         return told
 
     def _push(self) -> bool:
-        """Send what belongs to no outbox; tell whether all of it is gone."""
+        """Send what is encrypted, outside of ``send``; tell whether all of it is gone."""
         while self._left:
             before = len(self._left)
-            self._go_on()
+            self._gone += self._go_on()
             if len(self._left) == before:
                 return False
         return True
 
     def _send_own(self) -> None:
         """Send what TLS itself has to say; if the kernel takes none of it, it goes before the next data."""
-        self._left = bytes(self._left) + self._outgoing.read()
+        own = self._outgoing.read()
+        self._own = self._own + len(own) if self._left else len(own)
+        self._left = bytes(self._left) + own
         try:
             self._push()
         except OSError:
             pass  # those who read or write will see it
+        if self._left and self._own > OWN_MOST and self._late is None:
+            self._late = ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for new keys again and again, and does not read the answers")
 
     def goodbye(self) -> bool:
         """Say that nothing more will be sent (close_notify), if that has not been said; all data has been sent.

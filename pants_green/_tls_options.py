@@ -78,8 +78,8 @@ class TLSOptions:
         elif not isinstance(options, Mapping):
             raise TypeError(f"{call} takes a dict of options or an ssl.SSLContext, not {options!r}")
         self._options = dict(options)
-        self._check_names(self._options, KNOWN, "")
         self.server_side = self._part(server_side, may_choose)
+        self._check_names(self._options, KNOWN, "")
         self.server_hostname = self._hostname()
         if "handshake_timeout" in self._options:
             self.handshake_timeout = seconds(f"{call}: handshake_timeout", self._options["handshake_timeout"])
@@ -112,12 +112,21 @@ class TLSOptions:
             return
         if not hasattr(context, "wrap_bio"):
             raise TypeError(f"{self._call}: context{where} is an ssl.SSLContext, not {context!r}")
+        self._check_part(context, where)
         for name, value in options.items():
             if name not in BESIDE_CONTEXT and value is not None:
                 raise ValueError(
                     f"{self._call}: {name}{where} and context do not go together, for a context of yours is never changed; "
                     f"set it up with all it needs, or give the options without it"
                 )
+
+    def _check_part(self, context: ssl.SSLContext, where: str) -> None:
+        """Refuse a context that was made for the other side, with which every handshake would fail."""
+        wrong, purpose = (ssl.PROTOCOL_TLS_CLIENT, "CLIENT_AUTH") if self.server_side else (ssl.PROTOCOL_TLS_SERVER, "SERVER_AUTH")
+        if context.protocol == wrong:
+            side = "server" if self.server_side else "client"
+            hint = f"make one with ssl.create_default_context(ssl.Purpose.{purpose})"
+            raise ValueError(f"{self._call}: context{where} is for the other side, and this is the {side}'s; {hint}")
 
     def _part(self, server_side: bool, may_choose: bool) -> bool:
         wanted = self._options.get("server_side")
@@ -137,7 +146,12 @@ class TLSOptions:
             raise ValueError(f"{self._call}: server_hostname is the client's to say; leave it out on a server")
         if not isinstance(name, str):
             raise TypeError(f"{self._call}: server_hostname is a str, not {name!r}")
-        if not name or name.startswith("."):
+        try:
+            name.encode("idna")
+            fit = bool(name.rstrip(".")) and "\0" not in name
+        except UnicodeError:
+            fit = False
+        if not fit:
             raise ValueError(f"{self._call}: server_hostname is the name of a host, not {name!r}")
         return name
 

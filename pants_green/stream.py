@@ -805,7 +805,9 @@ class Stream(StreamState[Chunk]):
 
     def _limit_hit(self, which: str) -> None:
         """Hub: the time of a limit is up."""
-        if which == "write":
+        if which == "write" and self._shaking and not (self._tls and self._tls.clear):
+            pass  # nothing was offered to the peer: it waits for the handshake
+        elif which == "write":
             owed = self._pending
             self._flush_all()  # the kernel tells of room only when a third of its buffer is free
             if self._pending < owed:
