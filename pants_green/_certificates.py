@@ -41,6 +41,7 @@ class CertificateWatch:
         self._expiry_warning = expiry_warning
         self._warned: dict[str, float] = {}
         self._seen = self._stamps()
+        self._refused: list[Any] | None = None
         self.active = True
         self._warn()
         self._timer = server._engine.cycle(interval, self._look)
@@ -69,12 +70,17 @@ class CertificateWatch:
     def _look(self) -> None:
         stamps = self._stamps()
         if stamps != self._seen:
-            self._seen = stamps
-            self._warned.clear()
             try:
                 self._server.reload_certificates()
             except (OSError, ValueError) as error:
-                self._server._log(logging.ERROR, "the old certificates stay in force: %s", error, event="certificates_refused")
+                # Tried again at each look, for the trouble may have been another one (no descriptors, say), but told once.
+                if stamps != self._refused:
+                    self._refused = stamps
+                    self._server._log(logging.ERROR, "the old certificates stay in force: %s", error, event="certificates_refused")
+            else:
+                self._seen = stamps
+                self._refused = None
+                self._warned.clear()
         self._warn()
 
     def _warn(self) -> None:

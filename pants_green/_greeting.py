@@ -25,7 +25,7 @@ class Greeting:
         tls: the filter over it.
     """
 
-    __slots__ = ("_engine", "_failure", "_greenlet", "_socket", "_tls", "_waiting", "_wakeup")
+    __slots__ = ("_engine", "_failure", "_greenlet", "_limit", "_socket", "_tls", "_waiting", "_wakeup")
 
     def __init__(self, engine: Engine, socket: Any, tls: Filter) -> None:
         self._engine = engine
@@ -33,6 +33,7 @@ class Greeting:
         self._tls = tls
         self._greenlet: Any = getcurrent()
         self._failure: BaseException | None = None
+        self._limit: Any = None
         self._waiting: Any = None
         self._wakeup: Any = None
 
@@ -45,10 +46,9 @@ class Greeting:
         Raises:
             OSError: it has failed: an ssl.SSLError, HandshakeTimeout, what the socket said, or what `cut` was given.
         """
-        limit = None
         if seconds is not None:
             overdue = HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds")
-            limit = self._engine._in_hub_after(seconds, self.cut, overdue)
+            self._limit = self._engine._in_hub_after(seconds, self.cut, overdue)
         try:
             # An SNI callback of the user's may have waited, too, in which nobody wakes this greenlet: so look before each wait.
             while (watcher := self._tls.shake_hands()) is not None and self._failure is None:
@@ -56,8 +56,7 @@ class Greeting:
             if self._failure is not None:
                 raise self._failure
         finally:
-            if limit is not None:
-                limit.cancel()
+            self._cancel_limit()
             self._failure = None  # its traceback holds this frame
 
     def _wait(self, watcher: Any) -> None:
@@ -72,6 +71,11 @@ class Greeting:
                 self._wakeup.stop()
                 self._wakeup = None
 
+    def _cancel_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
     def cut(self, failure: BaseException) -> None:
         """Have ``shake_hands`` raise `failure`."""
         self._failure = failure
@@ -81,9 +85,12 @@ class Greeting:
     def forsake(self) -> None:
         """In a forked child: the connection is the parent's, and so is what this greenlet was doing."""
         self._engine._forsaken.append(self._greenlet)
+        self._cancel_limit()
         if self._waiting is not None:
             self._waiting.stop()
+            self._waiting = None
         if self._wakeup is not None:
             self._wakeup.stop()
+            self._wakeup = None
         _, _, reader, writer = self._tls.raw
         _sockets.close(self._socket, reader, writer)

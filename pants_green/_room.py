@@ -32,7 +32,7 @@ def wait_for_room(stream: "Stream[...]", mark: int, alarm: Any = None) -> None:
     """
     if getcurrent() is stream._greenlet:
         while stream._pending > mark and _own_may_wait(stream) and not (alarm and alarm.rang):
-            own_wait(stream, mark)
+            own_wait(stream, mark, alarm=alarm)
     else:
         _wait_in_line(stream, mark, mark)
 
@@ -42,10 +42,10 @@ def _own_may_wait(stream: "Stream[...]") -> bool:
     return stream._socket is not None and (stream._state is not DRAINING or stream._peer_ended)
 
 
-def own_wait(stream: "Stream[...]", mark: int, watcher: Any = None) -> None:
+def own_wait(stream: "Stream[...]", mark: int, watcher: Any = None, alarm: Any = None) -> None:
     """Wait in the stream's own greenlet until the outbox has come down to `mark`, something is posted, or `watcher` fires."""
     if stream._secure and stream._shaking:
-        stream._shake_hands()  # without which nothing is sent
+        stream._shake_hands(alarm)  # without which nothing is sent
         return
     stream._own_mark = mark
     stream._room_at = max(stream._room_at, mark)

@@ -19,13 +19,22 @@ from pants_green._tls_socket import TLSSocket
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError
 
-__all__ = ["ServerTLS"]
+__all__ = ["ServerTLS", "silence"]
+
+#: Failed handshakes of which an overridden ``on_ssl_wrap_error`` may be told later; their sockets are open until then.
+TELL_MOST = 100
+
+
+def silence(sock: Any) -> None:
+    """In a forked child: see that a socket of the parent's says no goodbye when it is closed here."""
+    if isinstance(sock, TLSSocket):
+        sock._tls = None
 
 
 class ServerTLS(Channel):
     """The part of a server that has to do with TLS. Not made by itself."""
 
-    __slots__ = ("_greetings", "_handshake_timeout", "_tls_options", "_watch")
+    __slots__ = ("_greetings", "_handshake_timeout", "_tls_options", "_to_be_told", "_watch")
 
     #: Seconds that the TLS handshake of an accepted connection may take; None: no limit.
     handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
@@ -36,6 +45,7 @@ class ServerTLS(Channel):
         self._tls_options: TLSOptions | None = None
         self._greetings: set[Greeting] = set()
         self._watch: CertificateWatch | None = None
+        self._to_be_told = 0
 
     def startSSL(self, ssl_options: Any = None) -> Any:
         """Speak TLS with every connection that is accepted from now on; those that are there stay as they are.
@@ -130,12 +140,11 @@ class ServerTLS(Channel):
         options = self._tls_options
         assert options is not None
         sock, remote, local, key = accepted
-        if self._accept_is_overridden():
-            sock = TLSSocket._over(sock)
-        ports = _sockets.ports_of(sock)
+        soon = self._engine._loop.run_callback
         greeting = None
         try:
-            tls = Filter(options.context, ports, self._engine._loop.run_callback, server_side=True)
+            ragged = options.suppress_ragged_eofs
+            tls = Filter(options.context, _sockets.ports_of(sock), soon, server_side=True, ragged_ends=ragged)
             greeting = Greeting(self._engine, sock, tls)
             self._greetings.add(greeting)
             greeting.shake_hands(getattr(options, "handshake_timeout", self._handshake_timeout))
@@ -149,21 +158,23 @@ class ServerTLS(Channel):
             if greeting is not None:
                 self._greetings.discard(greeting)
         worker.tls = tls
-        if isinstance(sock, TLSSocket):
-            sock._tls = tls
+        if self._accept_is_overridden():
+            sock = TLSSocket._over(sock, tls, soon)
         return sock, remote, local, key
 
     def _not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """The handshake failed: it costs that socket and nothing else."""
         if self._state is CLOSED:
             sock.close()
-        elif self._overrides("on_ssl_wrap_error", ServerTLS):
+        elif self._overrides("on_ssl_wrap_error", ServerTLS) and self._to_be_told < TELL_MOST:
+            self._to_be_told += 1
             self._post("_tell_not_greeted", sock, remote, error)
         else:
             ServerTLS.on_ssl_wrap_error(self, sock, remote, error)
 
     def _tell_not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """Posted: tell an overridden on_ssl_wrap_error."""
+        self._to_be_told -= 1
         try:
             self._call("on_ssl_wrap_error", sock, remote, error)
         finally:
@@ -190,7 +201,7 @@ class ServerTLS(Channel):
     def on_ssl_wrap_error(self, sock: Any, addr: Any, exception: Exception) -> None:
         """The TLS handshake of a new connection failed; by default that is logged, and costs that connection only.
 
-        *When*: instead of ``on_accept``.
+        *When*: instead of ``on_accept``. While 100 of them wait to be told, others are only logged.
         *Runs in*: a greenlet of the server's own.
         *Socket*: `sock` is open; it is closed afterwards.
 

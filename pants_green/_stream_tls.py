@@ -6,6 +6,7 @@ bytes is in ``_tls``; the handshake of a server that speaks TLS from the start i
 
 from typing import TYPE_CHECKING, Any
 
+from pants_green._delimiters import Incremental
 from pants_green._lifecycle import CLOSED, CONNECTING, NEW, OPEN, READ_ONLY, CloseReason
 from pants_green._stream_state import INTERRUPTED
 from pants_green._tls import DORMANT, Filter
@@ -45,6 +46,9 @@ def _over_live_stream(stream: "Stream[...]", options: TLSOptions) -> None:
         inbox.put_back(stream._framer)
     if inbox.data:
         stream._tls.feed(inbox.take_all())
+    if isinstance(stream._framer, Incremental):
+        stream._framer = stream._framer.fresh()  # what it knows of the encoding came in clear
+    stream._decoder = None
     if stream._limits is not None:
         stream._limits.end("read")
     if stream._sending:
@@ -64,7 +68,15 @@ def _filter(stream: "Stream[...]", options: TLSOptions, clear: int = 0) -> Filte
             raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? Give server_hostname, for no host was dialled")
     raw = (stream._recv, stream._send, stream._reader, stream._writer)
     soon = stream._engine._loop.run_callback
-    return Filter(options.context, raw, soon, server_side=options.server_side, server_hostname=hostname, clear=clear)
+    return Filter(
+        options.context,
+        raw,
+        soon,
+        server_side=options.server_side,
+        server_hostname=hostname,
+        clear=clear,
+        ragged_ends=options.suppress_ragged_eofs,
+    )
 
 
 def _dialled_host(stream: "Stream[...]") -> str | None:
@@ -89,11 +101,11 @@ def shake_hands(stream: "Stream[...]", alarm: Any = None) -> None:
             assert stream._tls_options is not None
             tls = stream._tls = _filter(stream, stream._tls_options)
         _send_what_is_clear(stream, tls, alarm)
-        _limited_handshake(stream, tls, alarm)
+        done = _limited_handshake(stream, tls, alarm)
     except (OSError, ValueError) as error:
         _failed(stream, error)
         return
-    if tls.established and stream._state is not CLOSED:
+    if done and stream._state is not CLOSED:
         _established(stream, tls)
 
 
@@ -106,21 +118,23 @@ def _send_what_is_clear(stream: "Stream[...]", tls: Filter, alarm: Any) -> None:
         stream._wait(tls.raw[3])
 
 
-def _limited_handshake(stream: "Stream[...]", tls: Filter, alarm: Any) -> None:
+def _limited_handshake(stream: "Stream[...]", tls: Filter, alarm: Any) -> bool:
+    """Tell whether it is done, and all that it says is sent."""
     if tls.clear:
-        return
+        return False
     seconds = _limit_of(stream)
     if seconds is not None and not (stream._limits is not None and stream._limits.runs("handshake")):
         stream._limit("handshake", seconds)
     # An SNI callback of the user's may wait, too, in which nobody wakes this greenlet: so look before each wait.
     while (watcher := tls.shake_hands()) is not None and stream._state is not CLOSED:
         if alarm and alarm.rang:
-            return
+            return False
         stream._wait(watcher)
         if stream._state is CLOSED:
-            break
+            return False
     if stream._limits is not None:
         stream._limits.end("handshake")
+    return True
 
 
 def _limit_of(stream: "Stream[...]") -> float | None:
@@ -130,8 +144,9 @@ def _limit_of(stream: "Stream[...]") -> float | None:
 
 def overdue(stream: "Stream[...]") -> None:
     """Hub: the time for the handshake is up."""
-    if stream._shaking:
-        _failed(stream, HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {_limit_of(stream):g} seconds"))
+    seconds = _limit_of(stream)
+    if stream._shaking and seconds is not None:
+        _failed(stream, HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds"))
 
 
 def _failed(stream: "Stream[...]", error: Exception) -> None:

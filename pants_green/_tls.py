@@ -7,6 +7,7 @@ It speaks over memory BIOs, so it waits for nothing, and works with the contexts
 ``unwrap()`` with data of the peer unread loses that data, and so does a second one.
 """
 
+import copy
 import errno
 import functools
 import ssl
@@ -29,6 +30,9 @@ PIECE = 256 * 1024
 
 #: Bytes that one flush encrypts at most, before others get their turn.
 BURST = 1024 * 1024
+
+#: Receives of one handshake before others get their turn.
+RECEIVES_AT_ONCE = 4
 
 #: Bytes of answers to the peer's requests, mostly for new keys, that may wait for it to read.
 OWN_MOST = 16 * 1024
@@ -106,6 +110,7 @@ class Filter:
         server_side: which part to play in the handshake.
         server_hostname: for a client, the name to ask for and to find in the certificate.
         clear: bytes that are still to be sent as they are, before the handshake.
+        ragged_ends: whether an end without goodbye is one, too.
 
     Attributes:
         object: the ssl.SSLObject.
@@ -127,6 +132,8 @@ class Filter:
         "_left",
         "_outgoing",
         "_own",
+        "_poor",
+        "_ragged_ends",
         "_raw_recv",
         "_raw_send",
         "_read",
@@ -150,11 +157,12 @@ class Filter:
         server_side: bool,
         server_hostname: str | None = None,
         clear: int = 0,
+        ragged_ends: bool = False,
     ) -> None:
-        self.raw = raw
-        self._raw_recv, self._raw_send = raw[:2]
-        self.reader = Reader(raw[2], soon)
+        self._ready = False
+        self.stand_on(raw, soon)
         self.clear = clear
+        self._ragged_ends = ragged_ends
         self.established = False
         _hear_sni(context)
         self._incoming = ssl.MemoryBIO()
@@ -169,8 +177,7 @@ class Filter:
         self._encrypted = 0
         self._gone = 0
         #: Whether there is something to read of which the kernel knows nothing: what was read too early, what the handshake
-        #: left, and the end, or an error, behind all that.
-        self._ready = False
+        #: left, and the end, or an error, behind all that: then `_ready` is true.
         self._early: list[bytes] = []
         self._late: bytes | OSError | None = None
         #: Bytes of `_left` that TLS itself had to say.
@@ -178,6 +185,16 @@ class Filter:
         self._said_goodbye = False
         #: Whether no part of a record has been read already, so that what comes next is no longer than what is received.
         self._whole = False
+        #: Whether the latest long receive brought little but what is for TLS itself.
+        self._poor = False
+
+    def stand_on(self, raw: Any, soon: Callable[..., Any]) -> None:
+        """Speak over these ports."""
+        self.raw = raw
+        self._raw_recv, self._raw_send = raw[:2]
+        self.reader = Reader(raw[2], soon)
+        if self._ready:
+            self.reader.fire()
 
     # ---- the handshake
 
@@ -194,6 +211,7 @@ class Filter:
         Raises:
             OSError: it has failed: an ssl.SSLError, or what the socket said.
         """
+        receives = 0
         while self._push():
             if self.established:
                 return None
@@ -213,6 +231,9 @@ class Filter:
                 continue
             if self.established:
                 return None
+            receives += 1
+            if receives > RECEIVES_AT_ONCE:
+                return self.raw[2]  # there is more, but the others get their turn
             try:
                 data = self._raw_recv(RECORD)
             except BlockingIOError:
@@ -251,10 +272,11 @@ class Filter:
             data = self._recv_ready()
             if data is not None:
                 return data
-        wanted = size + (size >> 3) + 64  # what is encrypted is longer
+        # What is encrypted is longer. Who sends little else than what is for TLS itself gets no long turns for that.
+        wanted = RECORD if self._poor else size + (size >> 3) + 64
         raw = self._raw_recv(wanted)
         if not raw:
-            raise _truncated()
+            return self._truncated()
         incoming = self._incoming
         incoming.write(raw)
         pieces: list[bytes] = []
@@ -272,9 +294,11 @@ class Filter:
                 else:
                     self._late = b""
         total = sum(map(len, pieces))
+        came = len(raw)
         while True:
             total += self._decrypt(pieces)
-            if len(raw) < wanted or total >= size or self._late is not None:
+            self._poor = came >= RECORD and total < came >> 3
+            if len(raw) < wanted or total >= size or self._late is not None or self._poor:
                 break
             try:
                 raw = self._raw_recv(wanted)
@@ -286,6 +310,7 @@ class Filter:
             if not raw:
                 break  # it is there once more next time
             incoming.write(raw)
+            came += len(raw)
         if self._outgoing.pending:
             self._send_own()
         if self._late is not None:
@@ -326,6 +351,8 @@ class Filter:
         """Return what was kept, or came with the handshake; None if that is no whole record."""
         if self._late is None:
             self._decrypt(self._early)
+            if self._outgoing.pending:
+                self._send_own()
         if self._early:
             data = b"".join(self._early)
             self._early.clear()
@@ -339,8 +366,13 @@ class Filter:
 
     def _end(self) -> bytes:
         if isinstance(self._late, OSError):
-            raise self._late
+            raise copy.copy(self._late)  # the one that is kept would keep the frames that it goes through
         return b""
+
+    def _truncated(self) -> bytes:
+        if self._ragged_ends:
+            return b""
+        raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection without a TLS goodbye: something may be missing")
 
     def unread(self, data: bytes) -> None:
         """Put back what ``recv`` has returned last."""
@@ -404,7 +436,11 @@ class Filter:
         left = self._left
         told = self._encrypted * sent // len(left)
         self._encrypted -= told
-        self._left = memoryview(left)[sent:] if sent < len(left) else b""
+        if sent < len(left):
+            self._left = memoryview(left)[sent:]
+        else:
+            self._left = b""
+            self._own = 0
         return told
 
     def _push(self) -> bool:
@@ -419,7 +455,7 @@ class Filter:
     def _send_own(self) -> None:
         """Send what TLS itself has to say; if the kernel takes none of it, it goes before the next data."""
         own = self._outgoing.read()
-        self._own = self._own + len(own) if self._left else len(own)
+        self._own += len(own)
         self._left = bytes(self._left) + own
         try:
             self._push()
@@ -480,7 +516,3 @@ def _called_by_all(wrapper: Any) -> Any:
             return self.user_function(connection if socket is None else socket(), *args)
 
     return SNICallback
-
-
-def _truncated() -> ssl.SSLError:
-    return ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection without a TLS goodbye: something may be missing")

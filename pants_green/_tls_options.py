@@ -46,6 +46,7 @@ class TLSOptions:
     Attributes:
         context: the SSLContext.
         server_side: which part to play.
+        suppress_ragged_eofs: whether an end without TLS' goodbye is one, too.
         server_hostname: for a client, the name to ask for, and to find in the certificate; None: the host that was dialled.
         handshake_timeout: seconds; missing if it was not given.
         has_certificate: whether there is a certificate, as far as one can tell.
@@ -67,6 +68,7 @@ class TLSOptions:
         "has_certificate",
         "server_hostname",
         "server_side",
+        "suppress_ragged_eofs",
     )
 
     def __init__(self, call: str, options: Any, *, server_side: bool, may_choose: bool = False) -> None:
@@ -81,6 +83,7 @@ class TLSOptions:
         self.server_side = self._part(server_side, may_choose)
         self._check_names(self._options, KNOWN, "")
         self.server_hostname = self._hostname()
+        self.suppress_ragged_eofs = self._options.get("suppress_ragged_eofs") is True
         if "handshake_timeout" in self._options:
             self.handshake_timeout = seconds(f"{call}: handshake_timeout", self._options["handshake_timeout"])
         self.files: list[str] = []
@@ -289,25 +292,26 @@ class TLSOptions:
         except UnicodeError:
             raise ValueError(f"{self._call}: {name!r} in sni is not the name of a host") from None
 
-    def _entry(self, context: ssl.SSLContext, name: str, options: Any) -> ssl.SSLContext:
+    def _entry(self, context: ssl.SSLContext, host: str, options: Any) -> ssl.SSLContext:
         """Return the context for one name."""
-        where = f" of sni[{name!r}]"
+        where = f" of sni[{host!r}]"
         if hasattr(options, "wrap_bio"):
             options = {"context": options}
         elif not isinstance(options, Mapping):
-            raise TypeError(f"{self._call}: sni[{name!r}] is a dict of options or an ssl.SSLContext, not {options!r}")
+            raise TypeError(f"{self._call}: sni[{host!r}] is a dict of options or an ssl.SSLContext, not {options!r}")
         options = dict(options)
         self._check_names(options, KNOWN_TO_SNI, where)
         given: ssl.SSLContext | None = options.get("context")
         if given is not None:
-            if given.verify_mode != context.verify_mode:
-                raise ValueError(
-                    f"{self._call}: verify_mode{where} differs from the server's own, which is settled before the name is known; "
-                    "say cert_reqs and ca_certs beside sni"
-                )
+            for name in ("verify_mode", "minimum_version", "maximum_version"):
+                if getattr(given, name) != getattr(context, name):
+                    hint = "say cert_reqs, ca_certs and ssl_version beside sni"
+                    raise ValueError(
+                        f"{self._call}: {name}{where} differs from the server's own, which is settled before the name is known; {hint}"
+                    )
             return given
         if options.get("certfile") is None:
-            raise ValueError(f"{self._call}: sni[{name!r}] needs a certificate; give its certfile")
+            raise ValueError(f"{self._call}: sni[{host!r}] needs a certificate; give its certfile")
         own = self._fresh_context()
         self._limit_version(own)
         self._verify(own)

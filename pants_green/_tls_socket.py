@@ -5,6 +5,7 @@ It blocks as every socket of gevent's does: only the greenlet that calls. What T
 
 import errno
 import socket as stdlib_socket
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pants_green import _sockets
@@ -31,12 +32,13 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
     _tls: Filter | None
 
     @classmethod
-    def _over(cls, sock: Any) -> "TLSSocket":
-        """Return one that stands on the descriptor of a gevent socket, which is of no use any more; its TLS comes later."""
+    def _over(cls, sock: Any, tls: Filter, soon: Callable[..., Any]) -> "TLSSocket":
+        """Return one that stands on the descriptor of a gevent socket, which is of no use any more, and on its filter."""
         family, kind, proto = sock.family, sock.type, sock.proto
         made = cls(family, kind, proto, fileno=sock.detach())
-        made._tls = None
+        made._tls = tls
         made._rest = memoryview(b"")
+        tls.stand_on(_sockets.ports_of(made), soon)
         return made
 
     def _hand_over(self) -> Filter:
@@ -152,9 +154,10 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
     # ---- ending
 
     def shutdown(self, how: int) -> None:
-        """End one direction, or both; before the output ends TLS says goodbye."""
+        """End one direction, or both; before the output ends TLS says goodbye, and this waits until there is room for that."""
         if how != stdlib_socket.SHUT_RD and self._tls is not None:
-            self._tls.goodbye()
+            while not self._tls.goodbye() and self.timeout != 0.0:
+                _sockets.wait_writable(self)
         super().shutdown(how)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from pants_green import stream as stream_module
 from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
 from pants_green._callbacks import Chunk
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
-from pants_green._server_tls import ServerTLS
+from pants_green._server_tls import ServerTLS, silence
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError
 from pants_green.stream import Stream
@@ -198,15 +198,14 @@ class StreamServer(ServerTLS):
         if self._state is LISTENING:
             self._start_accepting()
 
-    def _welcome(self, accepted: tuple[Any, Any, Any, int]) -> None:
+    def _welcome(self, accepted: tuple[Any, ...]) -> None:
         """The greenlet of an accepted connection: on_accept, then the life of the stream that took the socket over."""
         worker: Any = getcurrent()
         forks = self._engine._forks
         if self._tls_options is not None:
-            greeted = self._greet(worker, accepted)
-            if greeted is None:
+            accepted = self._greet(worker, accepted) or ()
+            if not accepted:
                 return
-            accepted = greeted
         worker.offered = accepted
         sock, remote, _, _ = accepted
         try:
@@ -214,6 +213,8 @@ class StreamServer(ServerTLS):
             if worker.offered is not None:
                 self._not_taken_over()
         except BaseException as error:
+            if forks != self._engine._forks:
+                silence(sock)
             self._turned_away(sock, error, worker.claimed)
             worker.claimed = None
         finally:
@@ -232,6 +233,7 @@ class StreamServer(ServerTLS):
         """on_accept waited while the process forked, and this is the child: the connection is the parent's."""
         if stream is not None:
             stream._disown(CloseReason.FORKED)
+        silence(sock)
         sock.close()
 
     def _accept_is_overridden(self) -> bool:

@@ -107,15 +107,19 @@ class Stream(StreamState[Chunk]):
 
     def __init__(self, socket: Any = None, server: "Server | None" = None, *, engine: Any = None, ssl_options: Any = None) -> None:
         StreamState.__init__(self, server, engine)  # super() costs 1 % of connect-echo-close
+        if ssl_options is not None:
+            self.startSSL(ssl_options)  # before anything lives that would go on in clear if this raised
         if socket is not None:
             self._take_over(socket)
-        if ssl_options is not None:
-            self.startSSL(ssl_options)
 
     def _take_over(self, socket: Any) -> None:
         """Stand on a connected socket; live in the greenlet that accepted it, else in a new one."""
+        if self._secure and isinstance(socket, TLSSocket):
+            raise ChannelStateError(f"{type(self).__name__}(ssl_options=): {socket!r} speaks TLS already")
         worker = getcurrent()
         if type(worker) is Worker and worker.offered is not None and worker.offered[0] is socket:
+            if self._secure and worker.tls is not None:
+                raise ChannelStateError(f"{type(self).__name__}(ssl_options=): its server speaks TLS already")
             _, self._remote, self._local, self._key = worker.offered
             worker.offered = None
             worker.claimed = self
@@ -133,11 +137,12 @@ class Stream(StreamState[Chunk]):
             self._remote = _sockets.remote_sockaddr(socket)
             if self._remote is None:
                 raise TypeError(f"{type(self).__name__}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
-            self._start(socket)
             if isinstance(socket, TLSSocket):
                 self._socket = socket
                 stand_on(self, socket._hand_over())
+                self._start(socket)
                 return
+            self._start(socket)
         self._use(socket, _sockets.ports_of(socket))
 
     def _start(self, socket: Any) -> None:
@@ -214,7 +219,7 @@ class Stream(StreamState[Chunk]):
         begin(self, ssl_options)
         return self
 
-    def _shake_hands(self, alarm: Any = None) -> None:
+    def _shake_hands(self, alarm: Any) -> None:
         shake_hands(self, alarm)
 
     def _open_securely(self) -> None:
@@ -594,7 +599,7 @@ class Stream(StreamState[Chunk]):
     def _input_ended(self) -> None:
         """The peer's FIN: every complete chunk has been delivered."""
         self._peer_ended = True
-        if not (self._end_heard or self._outbox.items or self.allow_half_open):
+        if not (self._end_heard or self._outbox.items or self.allow_half_open) and (not self._secure or self._goodbye_said()):
             self._shut(PEER_ENDED)  # nobody listens and nothing is owed
             return
         rest = self._inbox.take_all() if self._inbox.data else b""
@@ -606,7 +611,7 @@ class Stream(StreamState[Chunk]):
         if self._engine._pollers:
             self._engine._acted()
         if self._state is ENDING:
-            if self._outbox.items:
+            if self._outbox.items or (self._secure and not self._goodbye_said()):
                 self._move(END)
             else:
                 self._shut(PEER_ENDED)
@@ -898,7 +903,8 @@ class Stream(StreamState[Chunk]):
         self._sending = False
         self._writer.stop()
         if self._goodbye_said():
-            self._limits.end("write")  # type: ignore[union-attr]
+            if self._limits is not None:
+                self._limits.end("write")
             if self._state is READ_ONLY:
                 self._finish_output()
             else:
@@ -1074,4 +1080,7 @@ class Stream(StreamState[Chunk]):
         self._engine._forsaken.append(self._greenlet)
         if self._wakeup is not None:
             self._forget_wakeup()
+        self._waiting = False  # nobody may wake it any more, such as the alarm of a read()
+        if self._secure and self._reader is not None:
+            self._reader.stop()
         self._disown(CloseReason.FORKED)

@@ -1,0 +1,80 @@
+"""The suite of every transport in patched processes: patched by gevent.monkey before anything is imported, and after.
+
+In the process of this test it runs as it is: see ``test_contract``.
+"""
+
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import gevent
+import gevent.subprocess
+import pytest
+from gevent import monkey
+from test_contract import StreamContract
+
+HERE = Path(__file__).resolve().parent
+
+#: What stands in front of the arguments of pytest.
+WAYS = {
+    "before": ["-m", "gevent.monkey", "--module", "pytest"],
+    "after": [str(HERE / "patch_late.py")],
+}
+if monkey.is_module_patched("socket"):
+    del WAYS["before"]  # that is how test_contract has run here
+
+CLASSES = ["TestTCPServer", "TestTCPClient", "TestUnixPair", "TestTLS12Server", "TestTLS13Server", "TestTLS12UnixPair", "TestTLSClient"]
+
+#: Seconds for which a child may run; ten times what an idle machine needs.
+PATIENCE = 200.0
+
+# gevent's subprocess forks, and what becomes of it here is exec at once.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture
+def deadline():
+    """Let the children take their time: each of their tests has a deadline of its own."""
+
+
+def number_of_cases():
+    """Return how many tests each class has."""
+    methods = [getattr(StreamContract, name) for name in dir(StreamContract) if name.startswith("test_")]
+    return sum(math.prod(len(list(mark.args[1])) for mark in getattr(method, "pytestmark", [])) for method in methods)
+
+
+def run(way):
+    """Run the suite in a process that is patched in this way; return its exit code and what it printed."""
+    arguments = ["-q", "-ra", "-p", "no:cacheprovider", *(f"{HERE / 'test_contract.py'}::{name}" for name in CLASSES)]
+    with tempfile.TemporaryFile() as output:
+        child = gevent.subprocess.Popen(
+            [sys.executable, *WAYS[way], *arguments],
+            stdin=gevent.subprocess.DEVNULL,
+            stdout=output,
+            stderr=gevent.subprocess.STDOUT,
+            cwd=HERE.parent,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        )
+        try:
+            code = child.wait(PATIENCE)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
+
+
+def test_contract_in_patched_processes_every_transport_passes():
+    children = {way: gevent.spawn(run, way) for way in WAYS}  # at the same time: they mostly wait
+    try:
+        for way, child in children.items():
+            code, text = child.get()
+            tail = f"patched {way}:\n" + "\n".join(text.splitlines()[-60:])
+            assert code == 0, tail
+            assert re.search(r"^(\d+) passed in", text, re.MULTILINE)[1] == str(number_of_cases() * len(CLASSES)), tail
+    finally:
+        gevent.killall(list(children.values()))
