@@ -40,7 +40,7 @@ FLOORS = [
 #: What only calculates. Everybody may import it.
 HARMLESS = {
     *("abc", "bisect", "collections", "dataclasses", "enum", "errno", "functools", "gc", "heapq", "ipaddress", "itertools", "math"),
-    *("codecs", "operator", "re", "stat", "string", "struct", "sys", "types", "typing", "weakref"),
+    *("codecs", "copy", "operator", "re", "stat", "string", "struct", "sys", "types", "typing", "weakref"),
 }
 
 PURE = {"errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "testing._fragments"}
