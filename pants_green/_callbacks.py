@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from pants_green._lifecycle import CloseReason
 from pants_green._tls import TLSTruncated
-from pants_green.channel import Channel
+from pants_green.channel import TLS_LOGGER, Channel
 from pants_green.errors import StreamBufferOverflow, StreamConnectError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def on_connect(self) -> None:
         """The connection stands.
 
-        *When*: first of all callbacks, exactly once.
+        *When*: first of all callbacks, but for ``on_ssl_handshake``; exactly once.
         *Runs in*: the stream's own greenlet; it may block, and nothing is read meanwhile.
         *Socket*: open.
         """
@@ -109,9 +109,9 @@ class StreamCallbacks(Channel, Generic[Chunk]):
 
     @optional("_end_heard")
     def on_end(self, rest: bytes) -> None:
-        """The peer has ended its side (FIN); by default nothing is done about `rest`.
+        """The peer has ended its side (a FIN, or TLS' goodbye); by default nothing is done about `rest`.
 
-        *When*: after the last complete chunk; once; not after a reset or a close from here.
+        *When*: after the last complete chunk; once; not after a reset, an end without TLS' goodbye, or a close from here.
         *Runs in*: the stream's own greenlet.
         *Socket*: open for writing. Afterwards what is owed is sent and the stream closes, unless `allow_half_open`.
 
@@ -185,7 +185,7 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         Args:
             exception: an ssl.SSLError, such as SSLCertVerificationError; HandshakeTimeout; or what the socket said.
         """
-        self._log(logging.WARNING, "the TLS handshake failed: %s", exception, event="handshake_error")
+        self._log(logging.WARNING, "the TLS handshake failed: %s", exception, event="handshake_error", logger=TLS_LOGGER)
 
     def on_ssl_error(self, exception: Exception) -> None:
         """TLS could not begin, or failed after the handshake; by default this is logged.
@@ -201,7 +201,7 @@ class StreamCallbacks(Channel, Generic[Chunk]):
             exception: an ssl.SSLError; or a ValueError, if no name is known that the server's certificate should have.
         """
         harmless = isinstance(exception, TLSTruncated) and not self._in_chunk()
-        self._log(logging.INFO if harmless else logging.WARNING, "TLS failed: %s", exception, event="ssl_error")
+        self._log(logging.INFO if harmless else logging.WARNING, "TLS failed: %s", exception, event="ssl_error", logger=TLS_LOGGER)
 
     def _in_chunk(self) -> bool:
         """Tell whether the beginning of a chunk has come."""

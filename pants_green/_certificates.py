@@ -1,12 +1,12 @@
 """Watching the files of a server's certificates: loading what has changed, and warning before one expires."""
 
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from pants_green._settings import seconds
-from pants_green._tls_options import TLSOptions, expires
+from pants_green._tls_options import TLSOptions, expires, stamp
+from pants_green.channel import TLS_LOGGER
 
 if TYPE_CHECKING:
     from pants_green._server_tls import ServerTLS
@@ -33,15 +33,13 @@ class CertificateWatch:
     """
 
     def __init__(self, server: "ServerTLS", call: str, interval: Any, expiry_warning: Any) -> None:
-        if seconds(f"{call}: seconds", interval) is None:
-            raise TypeError(f"{call}: seconds is a number, not None")
-        if seconds(f"{call}: expiry_warning", expiry_warning) is None:
-            raise TypeError(f"{call}: expiry_warning is a number of seconds, not None")
+        for name, value in (("seconds", interval), ("expiry_warning", expiry_warning)):
+            if value is None or seconds(f"{call}: {name}, which cannot be None here", value) is None:
+                raise TypeError(f"{call}: {name} is a number of seconds, not None")
         self._server = server
         self._expiry_warning = expiry_warning
         self._warned: dict[str, float] = {}
-        self._seen = self._stamps()
-        self._refused: list[Any] | None = None
+        self._refused: dict[str, Any] | None = None
         self.active = True
         self._warn()
         self._timer = server._engine.cycle(interval, self._look)
@@ -56,29 +54,17 @@ class CertificateWatch:
         assert options is not None
         return options
 
-    def _stamps(self) -> list[Any]:
-        """Return what tells of each file whether it has been changed."""
-        stamps: list[Any] = []
-        for path in self._options().files:
-            try:
-                status = os.stat(path)
-                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
-            except OSError as error:
-                stamps.append(error.errno)
-        return stamps
-
     def _look(self) -> None:
-        stamps = self._stamps()
-        if stamps != self._seen:
+        stamps = {path: stamp(path) for path in self._options().stamps}
+        if stamps != self._options().stamps:
             try:
                 self._server.reload_certificates()
             except (OSError, ValueError) as error:
                 # Tried again at each look, for the trouble may have been another one (no descriptors, say), but told once.
                 if stamps != self._refused:
                     self._refused = stamps
-                    self._server._log(logging.ERROR, "the old certificates stay in force: %s", error, event="certificates_refused")
+                    self._log(logging.ERROR, "the old certificates stay in force: %s", error, event="certificates_refused")
             else:
-                self._seen = stamps
                 self._refused = None
                 self._warned.clear()
         self._warn()
@@ -92,9 +78,12 @@ class CertificateWatch:
                 continue
             self._warned[path] = now
             day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end))
-            log = self._server._log
             if end <= now:
-                log(logging.WARNING, "the certificate in %s has expired on %s", path, day, event="certificate_expired")
+                self._log(logging.WARNING, "the certificate in %s has expired on %s", path, day, event="certificate_expired")
             else:
                 left = (end - now) / DAY
-                log(logging.WARNING, "the certificate in %s expires in %.1f days, on %s", path, left, day, event="certificate_expires")
+                message = "the certificate in %s expires in %.1f days, on %s"
+                self._log(logging.WARNING, message, path, left, day, event="certificate_expires")
+
+    def _log(self, level: int, message: str, *args: Any, event: str) -> None:
+        self._server._log(level, message, *args, event=event, logger=TLS_LOGGER)

@@ -47,8 +47,7 @@ class Greeting:
             OSError: it has failed: an ssl.SSLError, HandshakeTimeout, what the socket said, or what `cut` was given.
         """
         if seconds is not None:
-            overdue = HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds")
-            self._limit = self._engine._in_hub_after(seconds, self.cut, overdue)
+            self._limit = self._engine._in_hub_after(seconds, self.cut, HandshakeTimeout._after(seconds))
         try:
             # An SNI callback of the user's may have waited, too, in which nobody wakes this greenlet: so look before each wait.
             while (watcher := self._tls.shake_hands()) is not None and self._failure is None:

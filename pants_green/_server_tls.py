@@ -5,7 +5,7 @@ Accepting is in ``server``, the handshake itself in ``_greeting``; what options 
 
 import errno
 import logging
-from typing import Any
+from typing import Any, Self
 
 from pants_green import _sockets
 from pants_green._address import format_address
@@ -13,10 +13,10 @@ from pants_green._certificates import EXPIRY_WARNING, CertificateWatch
 from pants_green._greeting import Greeting
 from pants_green._lifecycle import CLOSED, LISTENING
 from pants_green._settings import Setting, seconds
-from pants_green._tls import Filter
+from pants_green._tls import Filter, TLSTruncated
 from pants_green._tls_options import TLSOptions
 from pants_green._tls_socket import TLSSocket
-from pants_green.channel import Channel
+from pants_green.channel import TLS_LOGGER, Channel
 from pants_green.errors import ChannelStateError
 
 __all__ = ["ServerTLS", "silence"]
@@ -47,7 +47,7 @@ class ServerTLS(Channel):
         self._watch: CertificateWatch | None = None
         self._to_be_told = 0
 
-    def startSSL(self, ssl_options: Any = None) -> Any:
+    def startSSL(self, ssl_options: Any = None) -> Self:
         """Speak TLS with every connection that is accepted from now on; those that are there stay as they are.
 
         Args:
@@ -99,13 +99,13 @@ class ServerTLS(Channel):
         if self._tls_options.given_context:
             raise ChannelStateError(f"{call}: its context is yours; call load_cert_chain() on that, which holds from the next handshake on")
         self._tls_options = self._tls_options.again()
-        self._log(logging.INFO, "certificates loaded", event="certificates_loaded")
+        self._log(logging.INFO, "certificates loaded", event="certificates_loaded", logger=TLS_LOGGER)
 
     def watch_certificates(self, seconds: float, expiry_warning: float = EXPIRY_WARNING) -> CertificateWatch:
         """Look at the files of the certificates again and again, and load them when they have changed.
 
-        If they are not in order that is logged (ERROR), the old ones stay in force, and the files are loaded when they change
-        once more. Before a certificate expires that is logged, too (WARNING), once a day.
+        If they are not in order that is logged (ERROR) once, the old ones stay in force, and it is tried again at each look. Before
+        a certificate expires that is logged, too (WARNING), once a day.
 
         Args:
             seconds: how often to look.
@@ -201,16 +201,18 @@ class ServerTLS(Channel):
     def on_ssl_wrap_error(self, sock: Any, addr: Any, exception: Exception) -> None:
         """The TLS handshake of a new connection failed; by default that is logged, and costs that connection only.
 
-        *When*: instead of ``on_accept``. While 100 of them wait to be told, others are only logged.
+        *When*: instead of ``on_accept``; not once the server is closed. While 100 of them wait to be told, others are only logged.
         *Runs in*: a greenlet of the server's own.
         *Socket*: `sock` is open; it is closed afterwards.
 
         Args:
-            sock: a gevent socket, past TLS.
+            sock: a gevent socket under TLS: what it sends goes out in clear text.
             addr: the peer's address.
             exception: an ssl.SSLError, HandshakeTimeout, or what the socket said.
         """
-        left = isinstance(exception, OSError) and exception.errno in _sockets.PEER_LEFT
+        # A FIN in the handshake is what tools send that only look whether somebody listens.
+        left = isinstance(exception, TLSTruncated) or (isinstance(exception, OSError) and exception.errno in _sockets.PEER_LEFT)
         level = logging.DEBUG if left else logging.WARNING
-        self._log(level, "the TLS handshake with %s failed: %s", format_address(addr), exception, event="handshake_error")
+        message = "the TLS handshake with %s failed: %s"
+        self._log(level, message, format_address(addr), exception, event="handshake_error", logger=TLS_LOGGER)
         sock.close()

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import gevent.exceptions
 import gevent.socket
 from gevent import monkey
 
@@ -21,6 +22,7 @@ __all__ = [
     "ACCEPT_AGAIN",
     "EXHAUSTED",
     "PEER_LEFT",
+    "ConcurrentUse",
     "GeventSocket",
     "Listener",
     "Ports",
@@ -76,6 +78,9 @@ SHARED_PORT_TRIES = 20
 
 #: gevent's socket class, for isinstance.
 GeventSocket = gevent.socket.socket
+
+#: What gevent raises if two greenlets wait for the same thing.
+ConcurrentUse: type[Exception] = gevent.exceptions.ConcurrentObjectUseError
 
 #: The C-level class under it.
 BareSocket: Any = GeventSocket._gevent_sock_class

@@ -222,10 +222,10 @@ class StreamState(StreamCallbacks[Chunk]):
     #: the hub, where nobody can, that is "close". What ``call_from_thread`` runs counts as a timer.
     overflow: Setting[str] = Setting("close", one_of("close", "drop", "wait"))
 
-    #: Seconds for which the peer may take none of the pending output; None: no limit. See ``on_timeout``.
+    #: Seconds for which the peer may take none of the pending output, TLS' goodbye among it; None: no limit. See ``on_timeout``.
     write_timeout: Setting[float | None] = TimeLimit(60.0, seconds)
 
-    #: Seconds that a TLS handshake may take; None: no limit. For those of accepted connections see the server's own.
+    #: Seconds that a TLS handshake may take; None: no limit. For that with which a server's connection begins see the server's own.
     handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
 
     #: Whether the stream stays open, for writing, when the peer has ended its side.

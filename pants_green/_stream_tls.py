@@ -65,7 +65,8 @@ def _filter(stream: "Stream[...]", options: TLSOptions, clear: int = 0) -> Filte
         if hostname is not None:
             hostname = hostname.rstrip(".")  # the root of all names, which no certificate knows
         if hostname is None and options.context.check_hostname:
-            raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? Give server_hostname, for no host was dialled")
+            hint = "give server_hostname, for no host was dialled; or server_side=True, if this is the server's side"
+            raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? {hint}")
     raw = (stream._recv, stream._send, stream._reader, stream._writer)
     soon = stream._engine._loop.run_callback
     return Filter(
@@ -146,7 +147,7 @@ def overdue(stream: "Stream[...]") -> None:
     """Hub: the time for the handshake is up."""
     seconds = _limit_of(stream)
     if stream._shaking and seconds is not None:
-        _failed(stream, HandshakeTimeout(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds"))
+        _failed(stream, HandshakeTimeout._after(seconds))
 
 
 def _failed(stream: "Stream[...]", error: Exception) -> None:

@@ -279,7 +279,7 @@ class Filter:
             return self._truncated()
         incoming = self._incoming
         incoming.write(raw)
-        pieces: list[bytes] = []
+        data = None
         if self._whole:
             # Mostly one record has come, and nothing else. Small reads: to allocate 16 KiB for each costs 3 % of a round trip.
             try:
@@ -287,12 +287,11 @@ class Filter:
             except ssl.SSLError as error:
                 self._not_read(error)
             else:
-                if data and not incoming.pending and not self._outgoing.pending:
-                    return data
-                if data:
-                    pieces.append(data)
-                else:
+                if not incoming.pending and data:
+                    return data  # an answer to a request for new keys, if there was one, may wait for what is sent next
+                if not data:
                     self._late = b""
+        pieces = [data] if data else []
         total = sum(map(len, pieces))
         came = len(raw)
         while True:
@@ -395,9 +394,9 @@ class Filter:
             how many bytes of `data` the kernel has taken, more or less: what is encrypted and waits for room counts in
             proportion, and the last byte only when all is gone. The next call has to go on with the rest.
         """
-        done = self._gone
-        if self._left or done:
-            self._gone = 0
+        done = 0
+        if self._left or self._gone:
+            done, self._gone = self._gone, 0
             if self._left:
                 done += self._go_on()
             if self._left:

@@ -1,13 +1,14 @@
 """What may be given to ``startSSL``: checked, and made into a context. What is done with one is in ``_tls``."""
 
 import functools
+import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pants_green._settings import seconds
 
-__all__ = ["TLSOptions", "expires"]
+__all__ = ["TLSOptions", "expires", "stamp"]
 
 #: What a context of the caller's leaves to be said.
 BESIDE_CONTEXT = frozenset(
@@ -50,7 +51,8 @@ class TLSOptions:
         server_hostname: for a client, the name to ask for, and to find in the certificate; None: the host that was dialled.
         handshake_timeout: seconds; missing if it was not given.
         has_certificate: whether there is a certificate, as far as one can tell.
-        files: all files that were read. certificates: those of the own certificates.
+        stamps: of each file that was read, what `stamp` said just before.
+        certificates: the files of the own certificates.
 
     Raises:
         TypeError: `options` is neither dict nor SSLContext, an option is unknown or of the wrong type.
@@ -63,11 +65,11 @@ class TLSOptions:
         "_options",
         "certificates",
         "context",
-        "files",
         "handshake_timeout",
         "has_certificate",
         "server_hostname",
         "server_side",
+        "stamps",
         "suppress_ragged_eofs",
     )
 
@@ -80,13 +82,13 @@ class TLSOptions:
         elif not isinstance(options, Mapping):
             raise TypeError(f"{call} takes a dict of options or an ssl.SSLContext, not {options!r}")
         self._options = dict(options)
+        self.stamps: dict[str, Any] = {}
         self.server_side = self._part(server_side, may_choose)
         self._check_names(self._options, KNOWN, "")
         self.server_hostname = self._hostname()
-        self.suppress_ragged_eofs = self._options.get("suppress_ragged_eofs") is True
+        self.suppress_ragged_eofs = self._truth("suppress_ragged_eofs")
         if "handshake_timeout" in self._options:
             self.handshake_timeout = seconds(f"{call}: handshake_timeout", self._options["handshake_timeout"])
-        self.files: list[str] = []
         self.certificates: list[str] = []
         self.has_certificate = False
         self.context: ssl.SSLContext = self._context()
@@ -132,14 +134,19 @@ class TLSOptions:
             raise ValueError(f"{self._call}: context{where} is for the other side, and this is the {side}'s; {hint}")
 
     def _part(self, server_side: bool, may_choose: bool) -> bool:
-        wanted = self._options.get("server_side")
-        if wanted is not None and not isinstance(wanted, bool):
-            raise TypeError(f"{self._call}: server_side is True or False, not {wanted!r}")
-        if wanted is False and not may_choose:
-            raise ValueError(f"{self._call}: server_side can only be True on a server; leave it out")
-        if self._options.get("do_handshake_on_connect"):
+        wanted = self._options.get("server_side", server_side)
+        if wanted is not True and (wanted is not False or not may_choose):
+            choice = "be True or False" if may_choose else "only be True on a server"
+            raise ValueError(f"{self._call}: server_side can {choice}, not {wanted!r}; leave it out")
+        if self._options.get("do_handshake_on_connect", False) is not False:
             raise ValueError(f"{self._call}: do_handshake_on_connect can only be False, for the handshake never blocks here; leave it out")
-        return server_side if wanted is None else wanted
+        return bool(wanted)
+
+    def _truth(self, name: str) -> bool:
+        value = self._options.get(name, False)
+        if not isinstance(value, bool):
+            raise TypeError(f"{self._call}: {name} is True or False, not {value!r}")
+        return value
 
     def _hostname(self) -> str | None:
         name = self._options.get("server_hostname")
@@ -224,28 +231,31 @@ class TLSOptions:
         if self.server_side:
             if authorities is not None:
                 self._reading(authorities, context.load_verify_locations, authorities)
-                self.files.append(str(authorities))
             elif needed is not None and needed != ssl.CERT_NONE:
                 raise ValueError(f"{self._call}: cert_reqs asks clients for a certificate; give ca_certs, by whom it has to be signed")
 
     def _load(self, context: ssl.SSLContext, options: dict[str, Any], where: str) -> None:
         """Load a certificate and all else that may differ from name to name."""
         certificate, key, password = (options.get(name) for name in ("certfile", "keyfile", "password"))
+        if password is not None and not isinstance(password, (str, bytes, bytearray)) and not callable(password):
+            raise TypeError(f"{self._call}: password{where} is str, bytes or a function that returns one, not {password!r}")
         if certificate is not None:
             self._reading(certificate, context.load_cert_chain, certificate, key, password, also=key)
-            self.certificates.append(str(certificate))
-            self.files += [str(one) for one in (certificate, key) if one is not None]
+            self.certificates.append(os.fsdecode(certificate))
             self.has_certificate = True
         elif key is not None or password is not None:
             raise ValueError(f"{self._call}: keyfile and password{where} are of no use without certfile")
         if options.get("ciphers") is not None:
+            if not isinstance(options["ciphers"], str):
+                raise TypeError(f"{self._call}: ciphers{where} is a str, as openssl's, not {options['ciphers']!r}")
             try:
                 context.set_ciphers(options["ciphers"])
             except ssl.SSLError as error:
                 raise ValueError(f"{self._call}: ciphers{where}, {options['ciphers']!r}: {error}") from error
         protocols = options.get("alpn_protocols")
         if protocols is not None:
-            if isinstance(protocols, (str, bytes)) or not all(isinstance(one, str) for one in protocols):
+            several = isinstance(protocols, Iterable) and not isinstance(protocols, (str, bytes))
+            if not several or not all(isinstance(one, str) for one in protocols):
                 raise TypeError(f"{self._call}: alpn_protocols{where} is a list of str, such as ['h2', 'http/1.1'], not {protocols!r}")
             try:
                 context.set_alpn_protocols(list(protocols))
@@ -253,11 +263,17 @@ class TLSOptions:
                 raise ValueError(f"{self._call}: alpn_protocols{where}, {protocols!r}: {error}") from error
 
     def _reading(self, path: Any, load: Callable[..., Any], *args: Any, also: Any = None, **kwargs: Any) -> Any:
+        for one in (path, also):
+            if one is not None:
+                if not isinstance(one, (str, bytes, os.PathLike)) or "\0" in os.fsdecode(one):
+                    raise TypeError(f"{self._call}: {one!r} is not the path of a file; certfile, keyfile and ca_certs are")
+                self.stamps[os.fsdecode(one)] = stamp(os.fsdecode(one))
         try:
             return load(*args, **kwargs)
         except ssl.SSLError as error:
             files = f"{path!r} does" if also is None else f"{path!r} and {also!r} do"
-            text = f"{self._call}: {files} not hold what is needed (PEM, and a key that fits): {error}"
+            hint = "PEM, with its key or beside keyfile" if also is None else "PEM, and a key that fits"
+            text = f"{self._call}: {files} not hold what is needed ({hint}): {error}"
             raise type(error)(error.errno, text) from error
         except OSError as error:
             files = f"{path!r}" if also is None else f"{path!r} or {also!r}"
@@ -288,9 +304,13 @@ class TLSOptions:
             raise TypeError(f"{self._call}: the keys of sni are names of hosts, such as 'www.example.org' or '*.example.org', not {name!r}")
         try:
             star, bare = ("*.", name[2:]) if name.startswith("*.") else ("", name)
-            return star + bare.rstrip(".").encode("idna").decode().lower()
+            key = bare.rstrip(".").encode("idna").decode().lower()
         except UnicodeError:
-            raise ValueError(f"{self._call}: {name!r} in sni is not the name of a host") from None
+            key = ""
+        if not key or "*" in key or key.replace(".", "").isdigit() or ":" in key:
+            hint = "'www.example.org' and '*.example.org' are; for all others there is the server's own certfile"
+            raise ValueError(f"{self._call}: {name!r} in sni is not the name of a host: {hint}")
+        return star + key
 
     def _entry(self, context: ssl.SSLContext, host: str, options: Any) -> ssl.SSLContext:
         """Return the context for one name."""
@@ -336,6 +356,15 @@ def _default_client_context(kind: type) -> ssl.SSLContext:
         kind: ssl.SSLContext, which is another one once gevent has patched it.
     """
     return _default_context(ssl.Purpose.SERVER_AUTH)
+
+
+def stamp(path: str) -> Any:
+    """Return what tells whether a file has been changed."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def expires(path: str) -> float | None:

@@ -21,15 +21,18 @@ SEND = 256 * 1024
 
 
 class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
-    """A gevent socket behind whose handshake TLS begins: what is sent and received is encrypted on the way.
+    """A gevent socket behind whose handshake TLS begins: what is sent and received is encrypted on the way. Not made by itself.
 
-    ``Stream(socket=...)`` takes it over as it is; then it is the stream's.
+    One greenlet may read while another one writes. ``Stream(socket=...)`` takes it over as it is; then it is the stream's.
     """
 
-    __slots__ = ("_rest", "_tls")
+    __slots__ = ("_busy", "_rest", "_tls")
 
-    _rest: memoryview
-    _tls: Filter | None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._tls: Filter | None = None
+        self._rest = memoryview(b"")
+        self._busy = False
+        super().__init__(*args, **kwargs)
 
     @classmethod
     def _over(cls, sock: Any, tls: Filter, soon: Callable[..., Any]) -> "TLSSocket":
@@ -37,7 +40,6 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
         family, kind, proto = sock.family, sock.type, sock.proto
         made = cls(family, kind, proto, fileno=sock.detach())
         made._tls = tls
-        made._rest = memoryview(b"")
         tls.stand_on(_sockets.ports_of(made), soon)
         return made
 
@@ -90,8 +92,8 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
         self._without(flags)
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
-        if not self._rest:
-            tls = self._filter()
+        tls = self._filter()
+        if not self._rest and bufsize:
             while True:
                 try:
                     self._rest = memoryview(tls.recv(RECEIVE))
@@ -106,30 +108,40 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Wait for bytes and put them into `buffer`; return how many."""
         view = memoryview(buffer).cast("B")
-        data = self.recv(min(nbytes, len(view)) or len(view), flags)
+        if nbytes < 0 or nbytes > len(view):
+            raise ValueError(f"recv_into() was asked for {nbytes} bytes, and the buffer has {len(view)}")
+        data = self.recv(nbytes or len(view), flags)
         view[: len(data)] = data
         return len(data)
 
     # ---- writing
 
-    def send(self, data: Any, flags: int = 0, timeout: Any = None) -> int:
+    def send(self, data: Any, flags: int = 0) -> int:
         """Send the beginning of `data`, waiting until there is room for it; return how many bytes that was.
 
         Raises:
+            gevent.exceptions.ConcurrentObjectUseError: another greenlet is writing.
             TimeoutError: the peer took nothing within the socket's timeout. What has been encrypted cannot be taken back: after
                 this, or after BlockingIOError, the next call has to go on with the same bytes.
         """
         self._without(flags)
         tls = self._filter()
         view = memoryview(data).cast("B")[:SEND]
-        sent = tls.send(view) if view else 0
-        while sent < len(view):
-            if self.timeout == 0.0:
-                if sent:
-                    break
-                raise BlockingIOError(errno.EAGAIN, "the kernel takes nothing now")
-            _sockets.wait_writable(self)
-            sent += tls.send(view[sent:])
+        if self._busy:
+            # What that one has encrypted comes first, and would count as this one's.
+            raise _sockets.ConcurrentUse(f"another greenlet is writing to {self!r}")
+        self._busy = True
+        try:
+            sent = tls.send(view) if view else 0
+            while sent < len(view):
+                if self.timeout == 0.0:
+                    if sent:
+                        break
+                    raise BlockingIOError(errno.EAGAIN, "the kernel takes nothing now")
+                _sockets.wait_writable(self)
+                sent += tls.send(view[sent:])
+        finally:
+            self._busy = False
         return sent
 
     def sendall(self, data: Any, flags: int = 0) -> None:

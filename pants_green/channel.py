@@ -30,6 +30,9 @@ PEER_DOING = frozenset(
     }
 )
 
+#: Where everything about TLS is logged.
+TLS_LOGGER = logging.getLogger("pants_green.tls")
+
 #: What a greenlet is that has been asked for but does not run yet.
 STARTING: Any = object()
 
@@ -81,7 +84,7 @@ class Channel(metaclass=SettingsType):
 
     @property
     def socket(self) -> Any:
-        """The gevent socket; None before there is one and after it was closed."""
+        """The gevent socket; None before there is one and after it was closed. What it sends goes out in clear, also under TLS."""
         return self._socket
 
     @property
@@ -274,18 +277,19 @@ class Channel(metaclass=SettingsType):
 
     # ---- logging
 
-    def _log(self, level: int, message: str, *args: Any, event: str, exc_info: Any = None) -> None:
-        if not self._logger.isEnabledFor(level):
+    def _log(self, level: int, message: str, *args: Any, event: str, exc_info: Any = None, logger: Any = None) -> None:
+        logger = logger or self._logger
+        if not logger.isEnabledFor(level):
             return
         if getcurrent() is self._engine._hub:
             # A log handler may wait for a lock or a socket, which nobody may in the hub.
-            self._engine._run_soon(self._write_log, (level, message, args, event, exc_info))
+            self._engine._run_soon(self._write_log, (logger, level, message, args, event, exc_info))
         else:
-            self._write_log((level, message, args, event, exc_info))
+            self._write_log((logger, level, message, args, event, exc_info))
 
-    def _write_log(self, entry: tuple[int, str, tuple[Any, ...], str, Any]) -> None:
-        level, message, args, event, exc_info = entry
+    def _write_log(self, entry: tuple[logging.Logger, int, str, tuple[Any, ...], str, Any]) -> None:
+        logger, level, message, args, event, exc_info = entry
         extra = {"channel": self, "peer": getattr(self, "remote_address", None), "event": event}
-        self._logger.log(level, "%r: " + message, self, *args, exc_info=exc_info, extra=extra)
+        logger.log(level, "%r: " + message, self, *args, exc_info=exc_info, extra=extra)
 
     _logger: ClassVar[logging.Logger] = logging.getLogger("pants_green")

@@ -110,3 +110,7 @@ class WriteTimeout(PantsError, TimeoutError):
 
 class HandshakeTimeout(PantsError, TimeoutError):
     """The TLS handshake was not done within ``handshake_timeout`` seconds."""
+
+    @classmethod
+    def _after(cls, seconds: float) -> "HandshakeTimeout":
+        return cls(f"the TLS handshake was not done within handshake_timeout, {seconds:g} seconds")

@@ -15,7 +15,7 @@ import logging
 import socket as stdlib_socket
 from collections.abc import Iterable
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, overload
 
 from greenlet import getcurrent
 
@@ -192,8 +192,8 @@ class Stream(StreamState[Chunk]):
         self._engine._run_soon(self._live, parsed, self._context)
         return self
 
-    def startSSL(self, ssl_options: Any = None) -> "Stream[Chunk]":
-        """Speak TLS: before ``connect()``, from the first byte on; on a connection that stands, from here on (STARTTLS).
+    def startSSL(self, ssl_options: Any = None) -> Self:
+        """Speak TLS: until the connection stands, from the first byte on; on one that stands, from here on (STARTTLS).
 
         Returns at once; ``on_ssl_handshake`` or ``on_ssl_handshake_error`` follows. On a connection that stands the handshake
         begins after the callback that is running, or in its next ``read()``. What was written before goes out as it is, what is
@@ -201,9 +201,12 @@ class Stream(StreamState[Chunk]):
         handshake, is taken for a part of that, and fails it.
 
         Args:
-            ssl_options: an ssl.SSLContext, or a dict, which is not changed: ``certfile``, ``keyfile``, ``password``; ``ca_certs``,
-                ``cert_reqs``, ``check_hostname``; ``ciphers``, ``ssl_version``, ``alpn_protocols`` (a list of str);
-                ``server_hostname``; ``handshake_timeout`` (seconds); ``server_side``; or ``context``, an SSLContext, in the
+            ssl_options: an ssl.SSLContext, or a dict, which is not changed: ``certfile``, ``keyfile``, ``password`` of the own
+                certificate; ``ca_certs`` (a file), ``cert_reqs`` (``ssl.CERT_NONE``, ...), ``check_hostname`` (bool);
+                ``server_hostname`` (by default the host that was dialled); ``ciphers`` (str, as openssl's), ``ssl_version``
+                (``ssl.TLSVersion.TLSv1_3``, say, for that only), ``alpn_protocols`` (a list of str); ``handshake_timeout``
+                (seconds; by default the attribute); ``server_side`` (by default True on a stream that a server accepted);
+                ``suppress_ragged_eofs`` (True takes an end without TLS' goodbye for one); or ``context``, an SSLContext, in the
                 place of most of these. Without any a client checks the server's certificate and name, as
                 ``ssl.create_default_context()`` does, and both sides speak TLS 1.2 or newer.
 
@@ -866,7 +869,7 @@ class Stream(StreamState[Chunk]):
     # ---- Closing
 
     def write_eof(self) -> None:
-        """End the output: what is queued is sent, then a FIN. Reading goes on. Never waits.
+        """End the output: what is queued is sent, then TLS' goodbye, if it speaks TLS, and a FIN. Reading goes on. Never waits.
 
         Raises:
             ChannelClosed: (RuntimeError) the stream is not connected, or its output has ended before.
@@ -911,7 +914,7 @@ class Stream(StreamState[Chunk]):
                 self._alert()
 
     def end(self) -> None:
-        """Send everything that is queued, then a FIN, and close. Never waits.
+        """Send everything that is queued, then TLS' goodbye, if it speaks TLS, and a FIN, and close. Never waits.
 
         No more chunks are delivered. What the peer still sends is read and thrown away, also for a while after
         ``on_close``, so that no reset destroys what it has not read yet. Repeated calls do nothing.
@@ -920,6 +923,8 @@ class Stream(StreamState[Chunk]):
 
     def close(self, flush: bool = False) -> None:
         """Close now. What the kernel takes at once is sent, the rest is dropped. Repeated calls do nothing.
+
+        TLS says goodbye only if nothing had to be dropped.
 
         ``on_close`` follows in the stream's own greenlet, never inside this call.
 

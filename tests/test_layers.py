@@ -21,10 +21,11 @@ FLOORS = [
     {"framing": "", "_outbox": "", "_lifecycle": "", "_timers": "", "_settings": "", "_address": "os socket"},
     {"_inbox": "", "_delimiters": ""},
     # Each outside thing has one door.
-    {"_sockets": "gevent os socket", "_tls": "ssl", "_tls_options": "ssl"},
+    {"_sockets": "gevent os socket", "_tls": "ssl", "_tls_options": "os ssl"},
     {"_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"engine": "contextvars gevent greenlet logging os threading time"},
-    {"channel": "greenlet logging", "_linger": "", "_limits": "", "_greeting": "greenlet", "_certificates": "logging os time"},
+    {"channel": "greenlet logging", "_linger": "", "_limits": "", "_greeting": "greenlet"},
+    {"_certificates": "logging time"},
     {"_callbacks": "logging", "_server_tls": "logging"},
     {"_stream_state": "logging", "_dialling": "os", "_room": "gevent greenlet logging"},
     {"_straight": "greenlet", "_stream_tls": ""},

@@ -654,20 +654,6 @@ def test_write_timeout_says_how_much_waits(secure, tls_peer, recorder, version):
     assert isinstance(stream.close_error, WriteTimeout)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_goodbye_that_finds_no_room_does_not_keep_the_connection_for_ever(secure, tls_peer, recorder, version):
-    """What is written fills the buffers to the last byte, so that the goodbye waits, too."""
-    server = secure(recorder.of(Connection, "on_connect", "on_timeout", "on_close"), write_timeout=0.1)
-    tls_peer(server, context=client_context(version), rcvbuf=4096)
-    recorder.wait_for("on_connect")
-    stream = only(server)
-    stream.write(bytes(8 * MIB))
-    stream.end()
-    recorder.wait_for("on_close")
-    assert stream.close_reason == CloseReason.TIMED_OUT
-    assert lingering() == 0
-
-
 @needs_proc
 @pytest.mark.parametrize("kind", ["echo", "plain_lines"])
 def test_client_that_never_reads_costs_bounded_memory_and_gets_everything_later(serving, peers, kind):

@@ -114,7 +114,7 @@ def test_certfile_may_hold_the_key_too(tmp_path, certificate):
     both.write_bytes(b"".join(pathlib.Path(path).read_bytes() for path in certificate.values()))
     options = server_options({"certfile": both})
     assert options.has_certificate
-    assert options.files == [str(both)]
+    assert list(options.stamps) == options.certificates == [str(both)]
 
 
 def test_ciphers_are_set(certificate):
@@ -132,7 +132,16 @@ BAD = [
     (7, TypeError, "a dict of options or an ssl.SSLContext"),
     ({"context": "x"}, TypeError, "context is an ssl.SSLContext"),
     ({"do_handshake_on_connect": True}, ValueError, "do_handshake_on_connect can only be False"),
-    ({"server_side": "yes"}, TypeError, "server_side is True or False"),
+    *(({"server_side": value}, ValueError, "server_side can") for value in ("yes", 0, 1, None)),
+    *(({"do_handshake_on_connect": value}, ValueError, "do_handshake_on_connect can only be False") for value in ("yes", 0, 1, None)),
+    ({"suppress_ragged_eofs": 1}, TypeError, "suppress_ragged_eofs is True or False"),
+    ({"certfile": 5}, TypeError, "5 is not the path of a file"),
+    ({"ca_certs": 5}, TypeError, "5 is not the path of a file"),
+    ({"certfile": b"\0"}, TypeError, "is not the path of a file"),
+    ({"certfile": "x", "password": 5}, TypeError, "password is str, bytes or a function"),
+    ({"ciphers": 5}, TypeError, "ciphers is a str"),
+    ({"alpn_protocols": 5}, TypeError, "alpn_protocols is a list of str"),
+    ({"alpn_protocols": [""]}, ValueError, "alpn_protocols"),
     ({"cert_reqs": 7}, ValueError, "cert_reqs is one of"),
     ({"keyfile": "x"}, ValueError, "without certfile"),
     ({"password": "x"}, ValueError, "without certfile"),
@@ -162,7 +171,10 @@ def test_bad_input_is_an_error_that_names_the_fix(make, options, kind, text):
         ({"sni": ["a"]}, TypeError, "sni is a dict of names"),
         ({"sni": {"": {}}}, TypeError, "the keys of sni are names of hosts"),
         ({"sni": {7: {}}}, TypeError, "the keys of sni are names of hosts"),
-        ({"sni": {"a..b": {}}}, ValueError, "'a..b' in sni is not the name of a host"),
+        *(
+            ({"sni": {name: {}}}, ValueError, "in sni is not the name of a host")
+            for name in ("a..b", "*", "*.", "www.*.org", "a*.example", "127.0.0.1", "::1")
+        ),
         ({"sni": {"a": {}}}, ValueError, r"sni\['a'\] needs a certificate"),
         ({"sni": {"a": 7}}, TypeError, r"sni\['a'\] is a dict of options or an ssl.SSLContext"),
         ({"sni": {"a": {"cert_reqs": 2}}}, TypeError, r"no option 'cert_reqs' of sni\['a'\]"),

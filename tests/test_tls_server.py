@@ -23,6 +23,7 @@ from certificates import authority, client_context, other_authority, server_cont
 from echoes import Echo, EchoLines
 from gevent import monkey
 from gevent.event import AsyncResult
+from gevent.exceptions import ConcurrentObjectUseError
 from peers import in_thread
 from tls_peers import TLSPeer
 from waiting import lingering, nothing_is_kept, turns, until  # noqa: F401
@@ -226,7 +227,7 @@ def test_s2_34_failed_handshake_is_logged_and_costs_that_connection_only(secure,
     bad = peer(server)
     bad.send(b"GET / HTTP/1.1\r\n\r\n")
     bad.recv_all()
-    (record,) = [record for record in caplog.records if record.name == "pants_green.server" and record.levelno >= logging.WARNING]
+    (record,) = [record for record in caplog.records if record.name == "pants_green.tls" and record.levelno >= logging.WARNING]
     assert record.levelno == logging.WARNING
     assert "TLS handshake" in record.getMessage()
     assert f"127.0.0.1:{bad.address[1]}" in record.getMessage()
@@ -281,8 +282,14 @@ def test_s2_37_options_reach_the_handshake(secure, tls_peer, recorder):
     assert common_name_of(stream.peer_certificate) == "Somebody"
 
 
+NOT_ALLOWED = [
+    *({"do_handshake_on_connect": value} for value in (True, 0, 1, None, "x")),
+    *({"server_side": value} for value in (False, 0, 1, None, "x")),
+]
+
+
 @pytest.mark.parametrize("where", ["startSSL", "constructor"])
-@pytest.mark.parametrize("wrong", [{"do_handshake_on_connect": True}, {"server_side": False}], ids=repr)
+@pytest.mark.parametrize("wrong", NOT_ALLOWED, ids=repr)
 def test_s2_38_do_handshake_on_connect_and_client_side_are_value_errors(wrong, where):
     server = Server(Echo)
     options = local_options(**wrong)
@@ -429,7 +436,7 @@ def wrong_options():
         "no context": ({"context": 5}, TypeError, "context"),
         "server_hostname": ({**here, "server_hostname": "localhost"}, ValueError, "server_hostname"),
         "check_hostname": ({**here, "check_hostname": True}, ValueError, "check_hostname"),
-        "server_side": ({**here, "server_side": "yes"}, TypeError, "server_side"),
+        "server_side": ({**here, "server_side": "yes"}, ValueError, "server_side"),
         "cert_reqs without ca_certs": ({**here, "cert_reqs": ssl.CERT_REQUIRED}, ValueError, "ca_certs"),
         "cert_reqs": ({**here, "cert_reqs": 17}, ValueError, "17"),
         "ciphers": ({**here, "ciphers": "ROT13"}, ValueError, "ROT13"),
@@ -918,8 +925,9 @@ def test_on_ssl_wrap_error_that_raises_does_not_hurt_the_server(secure, peer, tl
     assert any("as it was asked to" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("leaves", ["reset", "close"])
 @pytest.mark.parametrize("when", ["before a byte", "after the client's first message"])
-def test_peer_that_leaves_in_mid_handshake_is_told_at_debug_only(secure, peer, tls_peer, caplog, when):
+def test_peer_that_leaves_in_mid_handshake_is_told_at_debug_only(secure, peer, tls_peer, caplog, when, leaves):
     caplog.set_level(logging.DEBUG, "pants_green")
     server = secure(None, Echo)
     one = peer(server)
@@ -930,7 +938,7 @@ def test_peer_that_leaves_in_mid_handshake_is_told_at_debug_only(secure, peer, t
             hello.object.do_handshake()
         hello.send_raw(hello._outgoing.read())
         assert not one.at_eof()  # the server has answered
-    one.reset()
+    getattr(one, leaves)()
     until(lambda: greeted(server) == 0)
     (record,) = [record for record in caplog.records if "handshake" in record.getMessage()]
     assert record.levelno == logging.DEBUG
@@ -1102,6 +1110,33 @@ def test_accepted_socket_sendall_sends_all_to_a_slow_reader_and_encrypted(accept
     sending.get()
     sock.sendall(b"a second one in clear words")
     assert is_encrypted(raw(one), b"clear words")
+
+
+def test_accepted_socket_second_writer_is_refused_and_spoils_nothing(accepted):
+    one, sock = accepted(rcvbuf=4096)
+    first, second = os.urandom(3 * MIB), os.urandom(MIB)
+    sending = gevent.spawn(sock.sendall, first)
+    turns()
+    assert not sending.ready()
+    with pytest.raises(ConcurrentObjectUseError, match="another greenlet is writing"):
+        sock.sendall(second)
+    assert one.recv_exactly(len(first)) == first
+    sending.get()
+    sock.sendall(b"now")
+    assert one.recv_exactly(3) == b"now"
+
+
+@pytest.mark.parametrize("size", [-1, 9])
+def test_accepted_socket_recv_into_refuses_what_does_not_fit(accepted, size):
+    _, sock = accepted()
+    with pytest.raises(ValueError, match="the buffer has 8"):
+        sock.recv_into(bytearray(8), size)
+
+
+def test_accepted_socket_reads_nothing_if_nothing_is_asked_for(accepted):
+    _, sock = accepted()
+    assert sock.recv(0) == b""
+    assert sock.recv_into(bytearray()) == 0
 
 
 def test_accepted_socket_send_tells_how_much_it_has_sent(accepted):
@@ -1756,6 +1791,13 @@ def test_watch_certificates_loads_what_has_changed(secure, tls_peer, here, caplo
     until(lambda: shown(server) == "third")
     assert answers(old)
     assert errors(caplog, "certificates_loaded")
+
+
+def test_watch_certificates_sees_what_changed_before_it_was_called(secure, here):
+    server = secure(here, Echo)
+    replace(here, named("second"))
+    server.watch_certificates(0.01)
+    until(lambda: shown(server) == "second")
 
 
 def test_watch_certificates_loads_nothing_while_nothing_changes(secure, here, caplog, recorder):
