@@ -124,6 +124,7 @@ class Filter:
     """
 
     __slots__ = (
+        "_around",
         "_early",
         "_encrypted",
         "_gone",
@@ -139,6 +140,8 @@ class Filter:
         "_read",
         "_ready",
         "_said_goodbye",
+        "_take_in",
+        "_tidy",
         "_whole",
         "_write",
         "clear",
@@ -169,6 +172,7 @@ class Filter:
         self._outgoing = ssl.MemoryBIO()
         self.object = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname)
         bare = getattr(self.object, "_sslobj", self.object)  # the methods under those of SSLObject, which only call them
+        self._take_in: Callable[[bytes], int] = self._incoming.write
         self._read: Callable[[int], bytes] = bare.read
         self._write: Callable[[Any], int] = bare.write
         #: Bytes in their encrypted form that the kernel has not taken, and how many bytes of the outbox they stand for; and how
@@ -187,6 +191,10 @@ class Filter:
         self._whole = False
         #: Whether the latest long receive brought little but what is for TLS itself.
         self._poor = False
+        #: Whether it is none of that: nothing is kept, no part of a record is inside, and no long receive was poor.
+        self._tidy = False
+        #: Bytes around the content of a record; -1 if they are not always as many, or not known.
+        self._around = -1
 
     def stand_on(self, raw: Any, soon: Callable[..., Any]) -> None:
         """Speak over these ports."""
@@ -224,6 +232,7 @@ class Filter:
                 raise
             else:
                 self.established = True
+                self._around = _around(self.object)
                 if self._incoming.pending:
                     self._be_ready()
             if self._outgoing.pending:
@@ -240,7 +249,7 @@ class Filter:
                 return self.raw[2]
             if not data:
                 raise ssl.SSLEOFError(ssl.SSL_ERROR_EOF, "the peer ended the connection during the TLS handshake")
-            self._incoming.write(data)
+            self._take_in(data)
         return self.raw[3]
 
     def recv_nothing(self, size: int) -> bytes:
@@ -268,30 +277,41 @@ class Filter:
             BlockingIOError: nothing has come, or no whole record.
             OSError: an ssl.SSLError, of which SSLEOFError is an end without goodbye; or what the socket said.
         """
+        if not self._tidy:
+            return self._recv_any(size)
+        # Mostly one record comes, and nothing else: this way that is 4 % of a round trip quicker.
+        raw = self._raw_recv(size + (size >> 3) + 64)  # what is encrypted is longer
+        if not raw:
+            return self._truncated()
+        self._take_in(raw)
+        try:
+            data = self._read(len(raw))  # a small one: to allocate 16 KiB for each costs 3 %
+        except ssl.SSLError as error:
+            self._not_read(error)
+            data = b""
+        else:
+            if len(raw) - len(data) == self._around:
+                return data
+            if not data:
+                self._late = b""
+        return self._recv_on(size, raw, [data] if data else [])
+
+    def _recv_any(self, size: int) -> bytes:
+        """Do what ``recv`` does, in whatever state this is."""
         if self._ready:
             data = self._recv_ready()
             if data is not None:
                 return data
-        # What is encrypted is longer. Who sends little else than what is for TLS itself gets no long turns for that.
-        wanted = RECORD if self._poor else size + (size >> 3) + 64
-        raw = self._raw_recv(wanted)
+        # Who sends little else than what is for TLS itself gets no long turns for that.
+        raw = self._raw_recv(RECORD if self._poor else size + (size >> 3) + 64)
         if not raw:
             return self._truncated()
-        incoming = self._incoming
-        incoming.write(raw)
-        data = None
-        if self._whole:
-            # Mostly one record has come, and nothing else. Small reads: to allocate 16 KiB for each costs 3 % of a round trip.
-            try:
-                data = self._read(len(raw))
-            except ssl.SSLError as error:
-                self._not_read(error)
-            else:
-                if not incoming.pending and data:
-                    return data  # an answer to a request for new keys, if there was one, may wait for what is sent next
-                if not data:
-                    self._late = b""
-        pieces = [data] if data else []
+        self._take_in(raw)
+        return self._recv_on(size, raw, [])
+
+    def _recv_on(self, size: int, raw: bytes, pieces: list[bytes]) -> bytes:
+        """Go on after the first receive, which brought `raw`, of which `pieces` have been read."""
+        wanted = RECORD if self._poor else size + (size >> 3) + 64
         total = sum(map(len, pieces))
         came = len(raw)
         while True:
@@ -308,8 +328,9 @@ class Filter:
                 break
             if not raw:
                 break  # it is there once more next time
-            incoming.write(raw)
+            self._take_in(raw)
             came += len(raw)
+        self._tidy = self._whole and not self._poor and not self._ready and self._late is None
         if self._outgoing.pending:
             self._send_own()
         if self._late is not None:
@@ -339,6 +360,7 @@ class Filter:
         return total
 
     def _not_read(self, error: ssl.SSLError) -> None:
+        self._tidy = False
         if isinstance(error, ssl.SSLWantReadError):
             self._whole = False  # the beginning of a record is inside now
         elif isinstance(error, ssl.SSLZeroReturnError):
@@ -380,6 +402,7 @@ class Filter:
 
     def _be_ready(self, ready: bool = True) -> None:
         self._ready = ready
+        self._tidy = False
         if ready:
             self.reader.fire()
         else:
@@ -484,6 +507,21 @@ class Filter:
             return self._push()
         except OSError:
             return True  # there is nobody to say it to
+
+
+def _around(connection: ssl.SSLObject) -> int:
+    """Return how many bytes every record has beside its content, if that can be told.
+
+    *Source*: RFC 8446 section 5.2 (header, type and tag), RFC 5288 section 3 (header, nonce and tag), RFC 7905 section 2.
+    """
+    name, _, _ = connection.cipher() or ("", "", 0)
+    if "CCM" in name:
+        return -1
+    if connection.version() == "TLSv1.3":
+        return 5 + 1 + 16
+    if "CHACHA20" in name:
+        return 5 + 16
+    return 5 + 8 + 16 if "GCM" in name else -1
 
 
 def _hear_sni(context: ssl.SSLContext) -> None:
