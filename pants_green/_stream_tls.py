@@ -179,4 +179,5 @@ def stand_on(stream: "Stream[...]", tls: Filter) -> None:
     """Put an established filter between a stream and its socket."""
     stream._secure = True
     stream._tls = tls
+    tls.owner = stream
     stream._recv, stream._send, stream._reader, stream._writer = tls.recv, tls.send, tls.reader, tls.raw[3]

@@ -75,28 +75,6 @@ class Immediate:
         self._raw.stop()
 
 
-class Reader:
-    """The read watcher of a filter: mostly that of the socket, and its two methods the very same."""
-
-    __slots__ = ("_raw", "_soon", "start", "stop")
-
-    def __init__(self, raw: Any, soon: Callable[..., Any]) -> None:
-        self._raw = raw
-        self._soon = soon
-        self.wait_for_socket()
-
-    def wait_for_socket(self) -> None:
-        """Fire when the socket is readable."""
-        self.start = self._raw.start
-        self.stop = self._raw.stop
-
-    def fire(self) -> None:
-        """Fire at once, whenever it is started, until ``wait_for_socket()``."""
-        immediate = Immediate(self._raw, self._soon)
-        self.start = immediate.start
-        self.stop = immediate.stop
-
-
 class Filter:
     """One connection's TLS, over the ports of its socket; offers the same four itself.
 
@@ -115,7 +93,8 @@ class Filter:
     Attributes:
         object: the ssl.SSLObject.
         raw: the ports of the socket.
-        reader: the read watcher.
+        reader: the watcher to wait for: mostly that of the socket, and the very same, for a call in between costs 1 %.
+        owner: the stream, which is told of another one; None if nobody is to be.
         clear: as above.
         established: whether the handshake is done.
 
@@ -140,6 +119,7 @@ class Filter:
         "_read",
         "_ready",
         "_said_goodbye",
+        "_soon",
         "_take_in",
         "_tidy",
         "_whole",
@@ -147,6 +127,7 @@ class Filter:
         "clear",
         "established",
         "object",
+        "owner",
         "raw",
         "reader",
     )
@@ -162,6 +143,7 @@ class Filter:
         clear: int = 0,
         ragged_ends: bool = False,
     ) -> None:
+        self.owner: Any = None
         self._ready = False
         self.stand_on(raw, soon)
         self.clear = clear
@@ -200,9 +182,8 @@ class Filter:
         """Speak over these ports."""
         self.raw = raw
         self._raw_recv, self._raw_send = raw[:2]
-        self.reader = Reader(raw[2], soon)
-        if self._ready:
-            self.reader.fire()
+        self._soon = soon
+        self._be_ready(self._ready)
 
     # ---- the handshake
 
@@ -403,10 +384,9 @@ class Filter:
     def _be_ready(self, ready: bool = True) -> None:
         self._ready = ready
         self._tidy = False
-        if ready:
-            self.reader.fire()
-        else:
-            self.reader.wait_for_socket()
+        self.reader = Immediate(self.raw[2], self._soon) if ready else self.raw[2]
+        if self.owner is not None:
+            self.owner._reader = self.reader
 
     # ---- writing
 

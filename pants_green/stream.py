@@ -1062,6 +1062,8 @@ class Stream(StreamState[Chunk]):
         if self._local is None:
             self._local = _sockets.local_sockaddr(self._socket)
         self._sending = False
+        if self._secure and self._tls is not None:
+            self._tls.owner = None
         self._socket = self._recv = self._send = self._reader = self._writer = None
 
     def _disown(self, reason: CloseReason) -> None:
