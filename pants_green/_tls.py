@@ -103,7 +103,6 @@ class Filter:
     """
 
     __slots__ = (
-        "_overhead",
         "_early",
         "_encrypted",
         "_gone",
@@ -111,6 +110,7 @@ class Filter:
         "_late",
         "_left",
         "_outgoing",
+        "_overhead",
         "_own",
         "_poor",
         "_ragged_ends",

@@ -1,4 +1,4 @@
-"""Runs pytest in a process that is patched by gevent.monkey late: after pants_green, ssl and all helpers were imported.
+"""Runs pytest in a process that is patched by gevent.monkey late: after pants_green, ssl and the modules of the tests were imported.
 
     python patch_late.py [arguments of pytest]
 

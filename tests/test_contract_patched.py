@@ -46,9 +46,9 @@ def number_of_cases():
     return sum(math.prod(len(list(mark.args[1])) for mark in getattr(method, "pytestmark", [])) for method in methods)
 
 
-def run(way):
-    """Run the suite in a process that is patched in this way; return its exit code and what it printed."""
-    arguments = ["-q", "-ra", "-p", "no:cacheprovider", *(f"{HERE / 'test_contract.py'}::{name}" for name in CLASSES)]
+def run(way, *tests):
+    """Run tests in a process that is patched in this way; return its exit code and what it printed."""
+    arguments = ["-q", "-ra", "-p", "no:cacheprovider", *tests]
     with tempfile.TemporaryFile() as output:
         child = gevent.subprocess.Popen(
             [sys.executable, *WAYS[way], *arguments],
@@ -69,7 +69,8 @@ def run(way):
 
 
 def test_contract_in_patched_processes_every_transport_passes():
-    children = {way: gevent.spawn(run, way) for way in WAYS}  # at the same time: they mostly wait
+    tests = [f"{HERE / 'test_contract.py'}::{name}" for name in CLASSES]
+    children = {way: gevent.spawn(run, way, *tests) for way in WAYS}  # at the same time: they mostly wait
     try:
         for way, child in children.items():
             code, text = child.get()
@@ -78,3 +79,10 @@ def test_contract_in_patched_processes_every_transport_passes():
             assert re.search(r"^(\d+) passed in", text, re.MULTILINE)[1] == str(number_of_cases() * len(CLASSES)), tail
     finally:
         gevent.killall(list(children.values()))
+
+
+def test_contexts_and_sni_callbacks_work_in_a_process_that_is_patched_late():
+    code, text = run("after", str(HERE / "test_tls_server.py"), "-k", "sni or context")
+    assert code == 0, text
+    assert int(re.search(r"^(\d+) passed", text, re.MULTILINE)[1]) >= 50, text
+    assert "skipped" not in text

@@ -178,7 +178,7 @@ def certificate_of_client(**context):
 # ---- startSSL
 
 
-def test_s2_09_start_ssl_before_listen_gives_a_server_that_speaks_tls(open_server, tls_peer):
+def test_s2_9_start_ssl_before_listen_gives_a_server_that_speaks_tls(open_server, tls_peer):
     server = open_server(Server(Echo))
     assert not server.ssl_enabled
     assert server.startSSL(local_options()) is server
@@ -188,7 +188,7 @@ def test_s2_09_start_ssl_before_listen_gives_a_server_that_speaks_tls(open_serve
 
 
 @pytest.mark.parametrize("kind", ["dict", "context"])
-def test_s2_09_ssl_options_in_the_constructor_do_the_same(open_server, tls_peer, kind):
+def test_s2_9_ssl_options_in_the_constructor_do_the_same(open_server, tls_peer, kind):
     options = local_options() if kind == "dict" else server_context()
     server = open_server(Server(Echo, ssl_options=options))
     assert server.ssl_enabled
