@@ -399,7 +399,8 @@ class StreamState(StreamCallbacks[Chunk]):
 
     def _describe(self) -> str:
         remote = self.remote_address
-        return self._state.value if remote is None else f"{self._state.value} to {format_address(remote)}"
+        state = "handshaking" if self._secure and self._shaking and self._socket is not None else self._state.value
+        return state if remote is None else f"{state} to {format_address(remote)}"
 
     @property
     def writes_dropped(self) -> int:

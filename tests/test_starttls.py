@@ -1558,3 +1558,16 @@ def test_server_of_plain_connections_may_upgrade_some_of_them(server_of, peer):
         assert plain.recv_until(b"\n") == b"clear\n"
         assert tls.recv_until(b"\n") == b"protected\n"
     assert server.ssl_enabled is False
+
+
+def test_repr_tells_that_the_handshake_goes_on(side, recorder):
+    def then(self):
+        recorder(repr(self))
+
+    plain = side.open(upgrading(side, recorder, then=then))
+    plain.send(b"STARTTLS\n")
+    recorder.wait_for(lambda events: any("handshaking to" in str(event) for event in events))
+    assert plain.recv_until(GO) == GO
+    with side.over(plain):
+        recorder.wait_for(("on_ssl_handshake",))
+        assert repr(side.stream).split(" to ")[0].endswith(" open")
