@@ -176,6 +176,8 @@ class ServerTLS(Channel):
         """Posted: tell an overridden on_ssl_wrap_error."""
         self._to_be_told -= 1
         try:
+            if self._state is CLOSED:
+                return
             self._call("on_ssl_wrap_error", sock, remote, error)
         finally:
             sock.close()

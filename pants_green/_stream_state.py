@@ -350,7 +350,7 @@ class StreamState(StreamCallbacks[Chunk]):
     def ssl_object(self) -> Any:
         """The ``ssl.SSLObject``, to ask for what the properties here do not tell; None without TLS. Also in ``on_close``.
 
-        Reading, writing and ``unwrap()`` are the stream's own business.
+        Reading, writing and ``unwrap()`` are the stream's own business; its context may be that of other streams, too.
         """
         return None if self._tls is None else self._tls.object
 

@@ -427,6 +427,14 @@ class Filter:
                 break
         return done
 
+    def tell_again(self, count: int) -> None:
+        """Have the next ``send``, which goes on with the same bytes, tell once more that `count` of them are gone."""
+        self._gone += count
+
+    def forget_outbox(self) -> None:
+        """Another outbox begins: what is encrypted goes out before it, and stands for nothing in it."""
+        self._encrypted = self._gone = 0
+
     def _go_on(self) -> int:
         """Send what is encrypted; return how many bytes of the outbox are gone with it."""
         try:

@@ -46,7 +46,10 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
     def _hand_over(self) -> Filter:
         """Give the filter away, with what was received and not read."""
         tls = self._filter()
+        if self._busy:
+            raise _sockets.ConcurrentUse(f"another greenlet is writing to {self!r}")
         self._tls = None
+        tls.forget_outbox()
         if self._rest:
             tls.unread(bytes(self._rest))
             self._rest = memoryview(b"")
@@ -131,8 +134,10 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
             # What that one has encrypted comes first, and would count as this one's.
             raise _sockets.ConcurrentUse(f"another greenlet is writing to {self!r}")
         self._busy = True
+        sent = 0
         try:
-            sent = tls.send(view) if view else 0
+            if view:
+                sent = tls.send(view)
             while sent < len(view):
                 if self.timeout == 0.0:
                     if sent:
@@ -140,6 +145,9 @@ class TLSSocket(_sockets.GeventSocket):  # type: ignore[misc]
                     raise BlockingIOError(errno.EAGAIN, "the kernel takes nothing now")
                 _sockets.wait_writable(self)
                 sent += tls.send(view[sent:])
+        except BaseException:
+            tls.tell_again(sent)
+            raise
         finally:
             self._busy = False
         return sent

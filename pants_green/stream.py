@@ -121,14 +121,19 @@ class Stream(StreamState[Chunk]):
             if self._secure and worker.tls is not None:
                 raise ChannelStateError(f"{type(self).__name__}(ssl_options=): its server speaks TLS already")
             _, self._remote, self._local, self._key = worker.offered
+            ports = _sockets.ports_of(socket)
+            if ports[2] is None:
+                raise TypeError(f"{type(self).__name__}(socket=) takes an open socket; {socket!r} is closed")
+            tls = worker.tls if not isinstance(socket, TLSSocket) else socket._hand_over()
             worker.offered = None
             worker.claimed = self
             self._greenlet = worker
             self._become_known()
-            if worker.tls is not None:
+            if tls is None:
+                self._use(socket, ports)
+            else:
                 self._socket = socket
-                stand_on(self, socket._hand_over() if isinstance(socket, TLSSocket) else worker.tls)
-                return
+                stand_on(self, tls)
         else:
             if hasattr(socket, "do_handshake"):
                 raise TypeError(f"{type(self).__name__}(socket=) takes a plain socket, not one with TLS: {socket!r}")
@@ -138,12 +143,14 @@ class Stream(StreamState[Chunk]):
             if self._remote is None:
                 raise TypeError(f"{type(self).__name__}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
             if isinstance(socket, TLSSocket):
+                self._engine._enter()  # before the socket is of no use any more
+                tls = socket._hand_over()
                 self._socket = socket
-                stand_on(self, socket._hand_over())
+                stand_on(self, tls)
                 self._start(socket)
                 return
             self._start(socket)
-        self._use(socket, _sockets.ports_of(socket))
+            self._use(socket, _sockets.ports_of(socket))
 
     def _start(self, socket: Any) -> None:
         """Live, in a new greenlet, on a socket that was not accepted in this one."""
@@ -816,6 +823,10 @@ class Stream(StreamState[Chunk]):
         if which == "write" and self._shaking and not (self._tls and self._tls.clear):
             pass  # nothing was offered to the peer: it waits for the handshake
         elif which == "write":
+            if self._sending and not self._outbox.items:
+                self._room_for_goodbye()
+                if not self._sending:
+                    return
             owed = self._pending
             self._flush_all()  # the kernel tells of room only when a third of its buffer is free
             if self._pending < owed:
@@ -893,7 +904,12 @@ class Stream(StreamState[Chunk]):
 
     def _goodbye_said(self) -> bool:
         """Have TLS say goodbye, and tell whether the kernel has taken that; if not, it is tried again when there is room."""
-        if self._tls is None or self._tls.goodbye():
+        if self._tls is None:
+            return True
+        if self._tls.goodbye():
+            if self._sending:  # there was no room before, and now there is, which nobody else has told
+                self._sending = False
+                self._writer.stop()
             return True
         if not self._sending:
             self._sending = True
