@@ -915,3 +915,57 @@ def test_signals_are_still_heard_while_handshakes_go_on(secure, peer, recorder):
         signal.signal(signal.SIGUSR1, before)
     for one in stalled:
         assert answers(TLSPeer.over(one))
+
+
+# ---- goodbyes for which the kernel has room before it says so
+
+
+@pytest.fixture
+def brimful(secure, tls_peer, recorder):
+    """Return a function that makes a peer and its stream, whose kernel buffers are full to the last byte: of nonsense, past TLS."""
+
+    def make(**attributes):
+        server = secure(recorder.of(Connection, "on_connect", "on_timeout", "on_close"), **attributes)
+        one = tls_peer(server, rcvbuf=4096)
+        recorder.wait_for("on_connect")
+        stream = only(server)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * KIB)
+        stream.socket.settimeout(0)
+        for size in (4096, 64, 1):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    stream.socket.send(bytes(size))
+        return one, stream
+
+    return make
+
+
+def test_goodbye_that_the_peer_s_own_words_make_room_for_leaves_no_watcher(brimful, recorder, capfd):
+    one, stream = brimful()
+    stream.end()
+    turns()
+    for _ in range(100):
+        if stream.closed:
+            break
+        in_thread(one.socket.recv, 1000)
+        one.send_raw(one.encrypt(b"hi"))  # by which the stream wakes, too
+        turns(4)
+    recorder.wait_for("on_close")
+    assert stream.close_reason == CloseReason.ENDED_HERE
+    one.close()
+    until(lambda: lingering() == 0)
+    assert capfd.readouterr().err == ""
+
+
+def test_goodbye_is_tried_once_more_before_write_timeout_strikes(brimful, recorder):
+    one, stream = brimful(write_timeout=0.4)
+    stream.end()
+    turns()
+    for _ in range(5):
+        in_thread(one.socket.recv, 1000)  # less than makes the kernel tell of room
+        turns(4)
+    recorder.wait_for("on_close")
+    assert recorder == [("on_connect",), ("on_close",)]
+    assert stream.close_reason == CloseReason.ENDED_HERE
+    one.close()
+    until(lambda: lingering() == 0)

@@ -22,13 +22,13 @@ import tls_peers
 from certificates import authority, client_context, other_authority, server_context
 from echoes import Echo, EchoLines
 from gevent import monkey
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 from gevent.exceptions import ConcurrentObjectUseError
 from peers import in_thread
 from tls_peers import TLSPeer
 from waiting import lingering, nothing_is_kept, turns, until  # noqa: F401
 
-from pants_green import Client, CloseReason, Connection, Server, Stream, StreamServer
+from pants_green import Client, CloseReason, Connection, Engine, Server, Stream, StreamServer
 from pants_green._sockets import ipv6_works
 from pants_green.errors import HandshakeTimeout
 
@@ -1124,6 +1124,100 @@ def test_accepted_socket_second_writer_is_refused_and_spoils_nothing(accepted):
     sending.get()
     sock.sendall(b"now")
     assert one.recv_exactly(3) == b"now"
+
+
+@pytest.mark.parametrize("interrupted_by", ["its timeout", "gevent.Timeout"])
+def test_accepted_socket_that_goes_on_after_an_interruption_repeats_nothing(accepted, interrupted_by):
+    one, sock = accepted(rcvbuf=4096)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+    blob = os.urandom(250_000)
+    if interrupted_by == "its timeout":
+        sock.settimeout(0.05)
+    with pytest.raises((TimeoutError, gevent.Timeout)):
+        if interrupted_by == "its timeout":
+            sock.send(blob)
+        else:
+            with gevent.Timeout(0.05):
+                sock.send(blob)
+    sock.settimeout(None)
+    sending = gevent.spawn(sock.sendall, blob)
+    assert one.recv_exactly(len(blob)) == blob
+    sending.get()
+    sock.sendall(b"the end")
+    assert one.recv_exactly(7) == b"the end"
+
+
+def test_stream_on_a_socket_that_sent_a_part_sends_all_of_its_own(accepted, recorder):
+    one, sock = accepted(rcvbuf=4096)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)
+    sock.settimeout(0)
+    blob = os.urandom(250_000)
+    assert 0 < sock.send(blob) < len(blob)
+
+    def on_connect(self):
+        self.write(b"x" * 10_000)
+        self.end()
+
+    made = type("Made", (Stream,), {"on_connect": on_connect, "on_close": lambda self: recorder("on_close")})
+    made(socket=sock)
+    # What was encrypted goes out whole, and then what is the stream's.
+    assert one.recv_all() == blob + b"x" * 10_000
+    recorder.wait_for("on_close")
+    one.close()
+    until(lambda: lingering() == 0)
+
+
+def test_stream_on_a_socket_that_is_being_written_to_is_refused(accepted):
+    one, sock = accepted(rcvbuf=4096)
+    blob = os.urandom(3 * MIB)
+    sending = gevent.spawn(sock.sendall, blob)
+    turns()
+    with pytest.raises(ConcurrentObjectUseError):
+        Stream(socket=sock)
+    assert one.recv_exactly(len(blob)) == blob
+    sending.get()
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_stream_on_an_accepted_socket_that_was_closed_is_refused_and_forgotten(open_server, tls_peer, peer, recorder, secure):
+    class Closing(StreamServer):
+        def on_accept(self, sock, addr):
+            sock.close()
+            try:
+                Stream(socket=sock)
+            except TypeError as error:
+                recorder(str(error))
+
+    server = open_server(Closing(ssl_options=server_context() if secure else None)).listen(LOCAL)
+    one = (tls_peer if secure else peer)(server)
+    recorder.wait_for(lambda events: any("takes an open socket" in str(event) for event in events))
+    assert one.at_eof()
+    assert list(Engine.instance().channels) == [server]
+
+
+def test_on_ssl_wrap_error_is_not_called_once_the_server_is_closed(secure, peer, recorder):
+    go_on = Event()
+
+    class Waiting(Server):
+        def on_ssl_wrap_error(self, sock, addr, exception):
+            recorder("on_ssl_wrap_error")
+            go_on.wait()
+
+        def on_close(self):
+            recorder("on_close")
+
+    server = secure(None, Echo, server_class=Waiting)
+    peers = [peer(server) for _ in range(3)]
+    for one in peers:
+        one.send(b"nonsense" * 10)
+    recorder.wait_for("on_ssl_wrap_error")
+    until(lambda: greeted(server) == 0)
+    server.close()
+    go_on.set()
+    recorder.wait_for("on_close")
+    assert recorder == ["on_ssl_wrap_error", "on_close"]
+    for one in peers:
+        one.recv_all()
 
 
 @pytest.mark.parametrize("size", [-1, 9])
