@@ -53,7 +53,8 @@ class ServerTLS(Channel):
         Args:
             ssl_options: an ssl.SSLContext, or a dict, which is not changed: ``certfile``, ``keyfile``, ``password``; ``ca_certs``
                 and ``cert_reqs``, to ask clients for a certificate (CERT_REQUIRED) or to look at one (CERT_OPTIONAL);
-                ``ciphers``, ``ssl_version``, ``alpn_protocols`` (a list of str); ``handshake_timeout`` (seconds); ``sni``, a dict
+                ``ciphers``, ``ssl_version``, ``alpn_protocols`` (a list of str); ``handshake_timeout`` (seconds);
+                ``suppress_ragged_eofs`` (True takes an end without TLS' goodbye for one); ``sni``, a dict
                 of names (``"www.example.org"``, ``"*.example.org"``) and what of all this is different for a client that asks for
                 that name: certificate, ciphers, protocols, or an SSLContext; or ``context``, an SSLContext, in the place of most of
                 these. Both sides speak TLS 1.2 or newer.

@@ -178,6 +178,22 @@ def server_of() -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
+def open_server() -> Iterator[Callable[[Any], Any]]:
+    """Return a function that closes a server, and its connections, at the end of the test."""
+    servers: list[Any] = []
+
+    def keep(server: Any) -> Any:
+        servers.append(server)
+        return server
+
+    yield keep
+    for server in servers:
+        server.close(*[False] * isinstance(server, Server))
+        for stream in list(server._children()):
+            stream.abort()
+
+
+@pytest.fixture
 def peer() -> Iterator[Callable[..., Peer]]:
     """Return a function that makes a connected Peer: ``peer(server_or_address, rcvbuf=None, family=None)``; closed at the end."""
     peers: list[Peer] = []

@@ -18,7 +18,7 @@ import pytest
 from gevent.event import AsyncResult, Event
 from peers import in_thread
 from transports import exchange, rounds
-from waiting import unread, unsent, until
+from waiting import settle, unread, unsent, until
 
 from pants_green import ChannelClosed, ChannelStateError, CloseReason, Engine, ReadTimeout, Stream, StreamBufferOverflow
 from pants_green.framing import LengthPrefix, Netstring, Varint
@@ -85,16 +85,6 @@ def said(recorder, size):
     return text_of(recorder.wait_for(lambda events: sum(map(len, chunks_of(events))) >= size))
 
 
-def settle(stream):
-    """Return once the kernel takes nothing more, even if it is asked; it takes a little after it has said that it is full."""
-    quiet = 0
-    while quiet < 8:
-        pending = unsent(stream)
-        stream.flush()
-        gevent.sleep(0.001)
-        quiet = quiet + 1 if unsent(stream) == pending else 0
-
-
 def in_timer(function):
     """Run a function in a timer, and return the AsyncResult of what becomes of it."""
     outcome = AsyncResult()
@@ -151,7 +141,7 @@ class Base:
             data = data_of(FULL)
             stream.write(data)
             until(lambda: unsent(stream) < FULL)
-            settle(stream)
+            settle(stream, 8)
             assert unsent(stream) > LIMIT
             return stream, one, data
 
@@ -443,7 +433,7 @@ class Writing(Base):
     def test_on_write_waits_until_a_slow_peer_has_taken_everything(self, transport, recorder):
         stream, one = transport.connect(recorder.of(Stream, "on_write"), narrow=True)
         stream.write(bytes(FULL))
-        settle(stream)
+        settle(stream, 8)
         assert recorder == []
         assert len(one.recv_exactly(FULL)) == FULL
         recorder.wait_for("on_write")
@@ -1047,7 +1037,7 @@ class Ending(Base):
         recorder.wait_for("on_connect")
         data = data_of(FULL)
         stream.write(data)
-        settle(stream)
+        settle(stream, 8)
         stream.end()
         one.send(bytes(4 * MIB))  # which is read and thrown away, or neither side would get on
         received = bytearray()
@@ -1413,7 +1403,7 @@ class Flow(Base):
         recorder.wait_for("on_end")
         stalled, _ = transport.connect(Narrow, narrow=True)
         stalled.write(data_of(FULL))
-        settle(stalled)
+        settle(stalled, 8)
         held, other = transport.connect(type("Held", (Narrow,), {"on_read": lambda stream, data: stream.write(data_of(FULL))}), narrow=True)
         other.send(b"a")
         until(lambda: held._own_mark >= 0)
@@ -1428,7 +1418,7 @@ class Flow(Base):
         stream, one = transport.connect(recorder.of(Narrow, "on_read"), narrow=True)
         data = data_of(FULL)
         stream.write(data)
-        settle(stream)
+        settle(stream, 8)
         for number in range(5):
             one.send(b"%d" % number)
             recorder.wait_for(("on_read", b"%d" % number))

@@ -8,13 +8,11 @@ import socket
 import gevent
 import pytest
 from gevent.event import Event
+from needs import needs_ipv6
 from waiting import nothing_is_kept, turns, until  # noqa: F401
 
 from pants_green import ChannelStateError, Client, CloseReason, Connection, Engine, InvalidAddressFormatError, Stream, StreamConnectError
 from pants_green._address import Address
-from pants_green._sockets import ipv6_works
-
-needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
 
 ENDERS = {"close": CloseReason.CLOSED_HERE, "end": CloseReason.ENDED_HERE, "abort": CloseReason.ABORTED_HERE}
 

@@ -9,7 +9,7 @@ import gevent
 import pytest
 from gevent.event import AsyncResult, Event
 from peers import in_thread
-from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
+from waiting import nothing_is_kept, settle, turns, unsent, until  # noqa: F401
 
 from pants_green import ChannelClosed, Client, CloseReason, Connection, Engine, Stream, StreamBufferOverflow
 from pants_green.errors import ChannelStateError, WrongThreadError
@@ -43,16 +43,6 @@ def data_of(size, seed=0):
 def little_room(stream):
     """Let the kernel take little of what this stream sends."""
     stream.socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF, ROOM // 2)
-
-
-def settle(stream):
-    """Return once the kernel takes nothing more, even if it is asked; it takes a little after it has said that it is full."""
-    quiet = 0
-    while quiet < 20:
-        pending = unsent(stream)
-        stream.flush()
-        gevent.sleep(0.001)
-        quiet = quiet + 1 if unsent(stream) == pending else 0
 
 
 class Narrow(Connection):

@@ -1,7 +1,6 @@
 """Flow control under load: much data between two ends of ours, a proxy, a broadcast, and a peer that reads nothing; in bounded memory."""
 
 import hashlib
-import os
 import select
 import time
 
@@ -9,6 +8,7 @@ import gevent
 import pytest
 from echoes import Echo, EchoLines
 from gevent import monkey
+from needs import needs_proc
 from peers import in_thread
 from test_load import Program
 from waiting import nothing_is_kept, unsent, until  # noqa: F401
@@ -25,7 +25,6 @@ PATIENCE = 10.0
 # gevent's subprocess forks, and what becomes of it here is exec at once.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="looks at the server in /proc")
 
 
 def take(one, size):

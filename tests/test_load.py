@@ -18,6 +18,7 @@ import gevent.subprocess
 import pytest
 from echoes import Echo, EchoLines
 from gevent import monkey
+from needs import needs_proc
 from peers import Peer, PlainSocket, in_thread
 
 from pants_green import Connection
@@ -35,7 +36,6 @@ PATIENCE = 25.0
 # gevent's subprocess forks, and what becomes of it here is exec at once.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="looks at the server in /proc")
 
 
 class Program:

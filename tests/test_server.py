@@ -13,11 +13,11 @@ import pytest
 from children import Child
 from children import Peer as BlockingPeer
 from gevent.event import Event
+from needs import needs_ipv6
 from peers import PlainSocket, in_thread
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
 
 from pants_green import Client, CloseReason, Connection, Engine, InvalidAddressFormatError, Server, Stream, StreamServer, _sockets, engine
-from pants_green._sockets import ipv6_works
 from pants_green.channel import Channel
 
 MIB = 1024 * 1024
@@ -26,28 +26,11 @@ MIB = 1024 * 1024
 BIG = 16 * MIB
 LOCAL = ("127.0.0.1", 0)
 
-needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
 
 
 class Echo(Connection):
     def on_read(self, data):
         self.write(data)
-
-
-@pytest.fixture
-def open_server():
-    """Return a function that closes a server, and its connections, at the end of the test."""
-    servers = []
-
-    def keep(server):
-        servers.append(server)
-        return server
-
-    yield keep
-    for server in servers:
-        server.close(*[False] * isinstance(server, Server))
-        for stream in list(server._children()):
-            stream.abort()
 
 
 def channels_of(server, count):

@@ -11,15 +11,13 @@ import gevent.ssl
 import pytest
 from certificates import authority, client_context, other_authority, server_context
 from gevent import socket as gevent_socket
+from needs import needs_ipv6
 from tls_peers import TLSPeer
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
 
 from pants_green import ChannelClosed, Client, CloseReason, Connection, Server, Stream
 from pants_green._address import Address
-from pants_green._sockets import ipv6_works
 from pants_green.errors import HandshakeTimeout
-
-needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -23,8 +23,9 @@ from children import Child
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from echoes import Echo, EchoLines
 from gevent import monkey
+from needs import needs_proc
 from peers import Peer, in_thread
-from test_load import Program, ServerProcess, needs_proc
+from test_load import Program, ServerProcess
 from test_tls_server import exchange
 from tls_peers import TLSPeer
 from waiting import lingering, nothing_is_kept, turns, unsent, until  # noqa: F401

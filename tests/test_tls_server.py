@@ -24,6 +24,7 @@ from echoes import Echo, EchoLines
 from gevent import monkey
 from gevent.event import AsyncResult, Event
 from gevent.exceptions import ConcurrentObjectUseError
+from needs import needs_ipv6
 from peers import in_thread
 from tls_peers import TLSPeer
 from waiting import lingering, nothing_is_kept, turns, until  # noqa: F401
@@ -50,23 +51,6 @@ ALL = ("on_ssl_handshake", "on_connect", "on_read", "on_end", "on_ssl_handshake_
 #: The classes of which a user's context may be: the module's, gevent's, and the standard library's own in a patched process, too.
 CONTEXTS = {"ssl": ssl.SSLContext, "gevent": gevent.ssl.SSLContext, "stdlib": monkey.get_original("ssl", "SSLContext")}
 
-needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
-
-
-@pytest.fixture
-def open_server():
-    """Return a function that closes a server, and its connections, at the end of the test."""
-    servers = []
-
-    def keep(server):
-        servers.append(server)
-        return server
-
-    yield keep
-    for server in servers:
-        server.close(*[False] * isinstance(server, Server))
-        for stream in list(server._children()):
-            stream.abort()
 
 
 @pytest.fixture

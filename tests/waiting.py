@@ -46,3 +46,13 @@ def unread(stream):
 def unsent(stream):
     """Return how many bytes of a stream wait to be sent."""
     return stream._pending
+
+
+def settle(stream, quiet_for=20):
+    """Return once the kernel takes nothing more, even if it is asked; it takes a little after it has said that it is full."""
+    quiet = 0
+    while quiet < quiet_for:
+        pending = unsent(stream)
+        stream.flush()
+        gevent.sleep(0.001)
+        quiet = quiet + 1 if unsent(stream) == pending else 0
