@@ -46,43 +46,60 @@ def number_of_cases():
     return sum(math.prod(len(list(mark.args[1])) for mark in getattr(method, "pytestmark", [])) for method in methods)
 
 
-def run(way, *tests):
-    """Run tests in a process that is patched in this way; return its exit code and what it printed."""
-    arguments = ["-q", "-ra", "-p", "no:cacheprovider", *tests]
-    with tempfile.TemporaryFile() as output:
-        child = gevent.subprocess.Popen(
-            [sys.executable, *WAYS[way], *arguments],
+class PatchedProcess:
+    """A process that is patched in one of the WAYS and runs tests."""
+
+    def __init__(self, way, *tests):
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 (closed in result)
+        self.child = gevent.subprocess.Popen(
+            [sys.executable, *WAYS[way], "-q", "-ra", "-p", "no:cacheprovider", *tests],
             stdin=gevent.subprocess.DEVNULL,
-            stdout=output,
+            stdout=self.output,
             stderr=gevent.subprocess.STDOUT,
             cwd=HERE.parent,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
         )
+
+    def result(self):
+        """Wait for it; return its exit code and what it printed."""
         try:
-            code = child.wait(PATIENCE)
+            code = self.child.wait(PATIENCE)
         finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        output.seek(0)
-        return code, output.read().decode(errors="replace")
+            self.end()
+        with self.output:
+            self.output.seek(0)
+            return code, self.output.read().decode(errors="replace")
+
+    def end(self):
+        """End it, if it has not ended."""
+        if self.child.poll() is None:
+            self.child.kill()
+            self.child.wait()
+
+
+#: The processes of the whole contract, by way, once they have begun.
+BEGUN = {}
+
+
+def begin():
+    """Begin with the contract: in a run of the whole suite before its first test, for these processes take half a minute."""
+    tests = [f"{HERE / 'test_contract.py'}::{name}" for name in CLASSES]
+    for way in WAYS:
+        BEGUN[way] = PatchedProcess(way, *tests)
 
 
 def test_contract_in_patched_processes_every_transport_passes():
-    tests = [f"{HERE / 'test_contract.py'}::{name}" for name in CLASSES]
-    children = {way: gevent.spawn(run, way, *tests) for way in WAYS}  # at the same time: they mostly wait
-    try:
-        for way, child in children.items():
-            code, text = child.get()
-            tail = f"patched {way}:\n" + "\n".join(text.splitlines()[-60:])
-            assert code == 0, tail
-            assert re.search(r"^(\d+) passed in", text, re.MULTILINE)[1] == str(number_of_cases() * len(CLASSES)), tail
-    finally:
-        gevent.killall(list(children.values()))
+    if not BEGUN:
+        begin()
+    for way in list(BEGUN):
+        code, text = BEGUN.pop(way).result()
+        tail = f"patched {way}:\n" + "\n".join(text.splitlines()[-60:])
+        assert code == 0, tail
+        assert re.search(r"^(\d+) passed in", text, re.MULTILINE)[1] == str(number_of_cases() * len(CLASSES)), tail
 
 
 def test_contexts_and_sni_callbacks_work_in_a_process_that_is_patched_late():
-    code, text = run("after", str(HERE / "test_tls_server.py"), "-k", "sni or context")
+    code, text = PatchedProcess("after", str(HERE / "test_tls_server.py"), "-k", "sni or context").result()
     assert code == 0, text
     assert int(re.search(r"^(\d+) passed", text, re.MULTILINE)[1]) >= 50, text
     assert "skipped" not in text
