@@ -1,8 +1,9 @@
-"""The server under test: ``python benchmarks/echo_server.py MODE PORT [CERTFILE KEYFILE]``.
+"""The server under test: ``python benchmarks/echo_server.py MODE PORT [FILE | CERTFILE KEYFILE]``.
 
-MODE is ``echo`` (whatever is read is written back), ``tls`` (the same over TLS; without a certificate it makes one), ``line``
-(one callback per CRLF-ended line, which writes it back) or ``change`` (the same for lines and bodies of 16 bytes in turn: each
-callback changes the delimiter). It listens on 127.0.0.1 and prints READY.
+MODE is ``echo`` (whatever is read is written back), ``tls`` (the same over TLS; without a certificate it makes one), ``udp`` (the
+same for packets), ``sendfile`` (each connection gets FILE), ``line`` (one callback per CRLF-ended line, which writes it back) or
+``change`` (the same for lines and bodies of 16 bytes in turn: each callback changes the delimiter). It listens on 127.0.0.1 and
+prints READY.
 
 The other modes are there to be measured against each other. Each cuts the load generator's lines in another way, and writes for
 every chunk the same bytes, the line that it should have been, so that they differ in nothing but the cutting.
@@ -16,12 +17,26 @@ import struct
 import subprocess
 import tempfile
 
-from pants_green import Engine, Server, Stream
+from pants_green import Datagram, Engine, Server, Stream
 
 
 class Echo(Stream):
     def on_read(self, data):
         self.write(data)
+
+
+class Packets(Datagram):
+    def on_read(self, data):
+        self.write(data)
+
+
+class Files(Stream):
+    path = os.devnull
+
+    def on_connect(self):
+        with open(self.path, "rb") as file:
+            self.write_file(file)
+        self.end()
 
 
 class Lines(Stream):
@@ -73,6 +88,8 @@ class Pairs(Stream):
 
 
 MODES = {
+    "udp": Packets,
+    "sendfile": Files,
     "echo": Echo,
     "tls": Echo,
     "line": Lines,
@@ -103,11 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("port", type=int)
-    parser.add_argument("files", nargs="*", help="the certificate and its key, in the place of --cert and --key")
+    parser.add_argument("files", nargs="*", help="what to send; or the certificate and its key, in the place of --cert and --key")
     parser.add_argument("--cert")
     parser.add_argument("--key")
     given = parser.parse_args()
-    server = Server(MODES[given.mode])
+    if given.mode == "sendfile":
+        Files.path = given.files[0]
+    server = Packets() if given.mode == "udp" else Server(MODES[given.mode])
     if given.mode == "tls":
         cert, key = (*given.files, None, None)[:2]
         server.startSSL(options_of(given.cert or cert, given.key or key))

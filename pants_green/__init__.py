@@ -5,15 +5,18 @@ import logging
 from pants_green import engine
 from pants_green._lifecycle import CloseReason
 from pants_green._tls_socket import TLSSocket
-from pants_green.client import Client
+from pants_green.client import Client, ReconnectingClient
+from pants_green.datagram import Datagram
 from pants_green.engine import Engine
 from pants_green.errors import (
     ChannelClosed,
     ChannelStateError,
+    DatagramTooLong,
     HandshakeTimeout,
     InvalidAddressFormatError,
     InvalidReadDelimiterError,
     PantsError,
+    ProxyHeaderError,
     ReadTimeout,
     StreamBufferOverflow,
     StreamConnectError,
@@ -22,6 +25,7 @@ from pants_green.errors import (
 )
 from pants_green.server import Connection, Server, StreamServer
 from pants_green.stream import Stream
+from pants_green.unix import UnixClient, UnixConnection, UnixServer
 
 __all__ = [
     "ChannelClosed",
@@ -29,18 +33,25 @@ __all__ = [
     "Client",
     "CloseReason",
     "Connection",
+    "Datagram",
+    "DatagramTooLong",
     "Engine",
     "HandshakeTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
+    "ProxyHeaderError",
     "ReadTimeout",
+    "ReconnectingClient",
     "Server",
     "Stream",
     "StreamBufferOverflow",
     "StreamConnectError",
     "StreamServer",
     "TLSSocket",
+    "UnixClient",
+    "UnixConnection",
+    "UnixServer",
     "WriteTimeout",
     "WrongThreadError",
     "engine",

@@ -24,7 +24,7 @@ else:
     #: whose delimiter is a Struct of two numbers a ``Stream[int, int]``.
     Chunk = ParamSpec("Chunk")
 
-__all__ = ["Chunk", "StreamCallbacks"]
+__all__ = ["Chunk", "StreamCallbacks", "optional"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +91,7 @@ class StreamCallbacks(Channel, Generic[Chunk]):
 
         *When*: instead of ``on_connect``; ``on_close`` follows.
         *Runs in*: the stream's own greenlet.
-        *Socket*: closed. To try again make a new stream.
+        *Socket*: closed. To try again make a new stream, or use a `ReconnectingClient`.
         """
         self._log(logging.WARNING, "%s", exception.strerror or exception, event="connect_error")
 

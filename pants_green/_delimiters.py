@@ -29,6 +29,7 @@ __all__ = [
     "VariableFields",
     "check_encoding",
     "framer_for",
+    "last_chunk",
 ]
 
 #: Takes the only field out of what ``Struct.iter_unpack`` yields, at the speed of C.
@@ -517,6 +518,18 @@ class Incremental(Splitter):
     def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[str, int] | None:
         text, rest, _ = self._decode(bytes(data[start:]))
         return (text, len(data) - len(rest)) if text else None
+
+
+def last_chunk(framer: Framer[Any], rest: bytes) -> Any:
+    """Return what the bytes behind the last complete chunk are if nothing can come after them: a chunk, too.
+
+    Raises:
+        ValueError: chunks do not end in a delimiter, and these bytes are not enough for one.
+    """
+    inner = framer.framer if isinstance(framer, Text) else framer
+    if not isinstance(inner, (Delimited, Searched)):
+        raise ValueError(f"{len(rest)} bytes are left over at the end, of which {framer!r} makes no chunk: {rest!r:.100}")
+    return framer.decode(rest) if isinstance(framer, Text) else rest
 
 
 def check_encoding(name: str, encoding: Any) -> str | None:

@@ -11,6 +11,7 @@ __all__ = [
     "CLOSED",
     "CONNECT",
     "CONNECTING",
+    "DATAGRAM_MOVES",
     "DRAINING",
     "END",
     "ENDING",
@@ -40,14 +41,14 @@ class State(Enum):
         writable: ``write()`` takes data exactly in these states.
     """
 
-    NEW = "new"  # no socket at work yet -> CONNECTING, OPEN, LISTENING, CLOSED
+    NEW = "new"  # no socket at work yet -> CONNECTING, OPEN, LISTENING, DRAINING, CLOSED
     CONNECTING = "connecting"  # looking up and dialling -> OPEN, CLOSED
     OPEN = "open"  # both directions work -> READ_ONLY, WRITE_ONLY, ENDING, DRAINING, CLOSED
     READ_ONLY = "read-only"  # write_eof() was called -> DRAINING, CLOSED
     WRITE_ONLY = "write-only"  # half-open: the peer sent its FIN -> DRAINING, CLOSED
     ENDING = "ending"  # the peer sent its FIN and on_end runs -> DRAINING, CLOSED
     DRAINING = "draining"  # what is owed is being sent, nothing is added -> CLOSED
-    LISTENING = "listening"  # a server that accepts -> CLOSED
+    LISTENING = "listening"  # a server that accepts, a datagram channel that receives -> DRAINING, CLOSED
     CLOSED = "closed"  # the end; nothing leaves it
 
     def __init__(self, label: str) -> None:
@@ -142,4 +143,13 @@ SERVER_MOVES: dict[tuple[State, Event], State] = {
     (NEW, LISTEN): LISTENING,
     (NEW, CLOSE): CLOSED,
     (LISTENING, CLOSE): CLOSED,
+}
+
+DATAGRAM_MOVES: dict[tuple[State, Event], State] = {
+    (NEW, LISTEN): LISTENING,
+    (NEW, END): DRAINING,
+    (NEW, CLOSE): CLOSED,
+    (LISTENING, END): DRAINING,
+    (LISTENING, CLOSE): CLOSED,
+    (DRAINING, CLOSE): CLOSED,
 }

@@ -130,7 +130,7 @@ def wrote_much(stream: "Stream[...]", data: bytes) -> bool:
     current = getcurrent()
     own = current is stream._greenlet
     limit = stream._write_limit
-    if stream._pending - len(data) < limit:  # one write may always exceed it
+    if stream._pending - stream._in_files - len(data) < limit:  # one write may always exceed it
         if own:
             stream._own_output += 1
         return False
@@ -138,7 +138,7 @@ def wrote_much(stream: "Stream[...]", data: bytes) -> bool:
     stream._outbox.items.pop()
     stream._pending -= len(data)
     stream._flush_all()
-    if stream._pending < limit:
+    if stream._pending - stream._in_files < limit:
         return True
     foreign = isinstance(current, Worker) and not own
     if current is stream._engine._hub or (foreign and stream._overflow != "wait"):

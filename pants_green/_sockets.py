@@ -7,8 +7,8 @@ The private parts of a gevent socket that the hot path needs are touched here an
 import errno
 import os
 import socket as stdlib_socket
-import stat
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +17,7 @@ import gevent.socket
 from gevent import monkey
 
 from pants_green._address import AF_UNIX, Address, Sockaddr, format_address
+from pants_green._socket_file import Permissions, SocketFile, bind_file
 
 __all__ = [
     "ACCEPT_AGAIN",
@@ -25,20 +26,29 @@ __all__ = [
     "ConcurrentUse",
     "GeventSocket",
     "Listener",
+    "PlainSocket",
     "Ports",
     "abandon",
+    "bind_file",
     "close",
+    "connect_at_once",
+    "descriptor_of",
     "dial",
     "dial_result",
+    "explained",
     "has_files",
     "in_progress",
     "ipv6_works",
     "listen",
     "listen_all",
     "local_sockaddr",
+    "look_up",
+    "packet_ports_of",
+    "peer_credentials",
     "ports_of",
     "remote_sockaddr",
     "resolve",
+    "set_tcp_defaults",
     "shutdown_output",
     "wait_readable",
     "wait_writable",
@@ -73,6 +83,13 @@ ACCEPT_AGAIN = frozenset(
 
 IN_PROGRESS = frozenset({errno.EINPROGRESS, errno.EALREADY})
 
+#: How to ask for a Unix socket's peer, which is Linux' own way, and the uid of one that is not connected.
+SO_PEERCRED: int | None = getattr(stdlib_socket, "SO_PEERCRED", None)
+NOBODY_KNOWN = 0xFFFFFFFF
+
+#: How to have no source port chosen before it is known who is dialled, which is Linux' own way.
+IP_BIND_ADDRESS_NO_PORT: int | None = getattr(stdlib_socket, "IP_BIND_ADDRESS_NO_PORT", None)
+
 #: How often a free port is looked for that several listeners can share.
 SHARED_PORT_TRIES = 20
 
@@ -84,6 +101,9 @@ ConcurrentUse: type[Exception] = gevent.exceptions.ConcurrentObjectUseError
 
 #: The C-level class under it.
 BareSocket: Any = GeventSocket._gevent_sock_class
+
+#: The base of that, and of the standard library's own.
+PlainSocket: Any = BareSocket.__base__
 
 STREAM = stdlib_socket.SOCK_STREAM
 
@@ -116,6 +136,34 @@ def ports_of(sock: Any) -> Ports:
     return bare.recv, bare.send, sock._read_event, sock._write_event
 
 
+def descriptor_of(sock: Any) -> int | None:
+    """Return the descriptor of a gevent socket; None for what stands for one in tests."""
+    return int(sock.fileno()) if isinstance(sock, GeventSocket) else None
+
+
+def packet_ports_of(sock: Any) -> tuple[Callable[..., Any], Callable[..., Any], Any, Any]:
+    """Return the C-level recvfrom and sendto, and the watchers, of a gevent socket."""
+    bare = sock._sock
+    receive = _receive_whole(bare) if sock.family == AF_UNIX and sys.platform == "linux" else bare.recvfrom
+    return receive, bare.sendto, sock._read_event, sock._write_event
+
+
+def _receive_whole(bare: Any) -> Callable[[int], tuple[bytes, Any]]:
+    """Return a ``recvfrom()`` for packets of any size: the kernel is asked for that of the next one.
+
+    *Source*: recv(2), MSG_TRUNC, which tells the size of a packet whatever the size of the buffer.
+    """
+    peek, recvfrom = bare.recv_into, bare.recvfrom
+    nowhere, flags = bytearray(1), stdlib_socket.MSG_PEEK | stdlib_socket.MSG_TRUNC
+    return lambda _: recvfrom(peek(nowhere, 1, flags) or 1)
+
+
+def connect_at_once(sock: Any, sockaddr: Sockaddr) -> int:
+    """Begin to connect; never waits, as gevent's own would. Return 0 if that is done, else the errno."""
+    code: int = sock._sock.connect_ex(sockaddr)
+    return 0 if code == errno.EISCONN else code
+
+
 def _stand_on(descriptor: int, family: int, proto: int, hub: Any) -> Any:
     """Make a gevent socket of an accepted descriptor: what its constructor does, in a third of the instructions."""
     if not FIELDS_ARE_KNOWN:
@@ -140,12 +188,17 @@ class Listener:
         socket: the gevent socket.
         sockaddr: the address it is bound to.
         local: the same if every connection has it as its own address, else None ("any" addresses, Unix sockets).
+
+    Args:
+        sock: the gevent socket; it listens.
+        file: that of a Unix socket, if it is to be removed when this is closed.
     """
 
-    __slots__ = ("_accept", "_proto", "family", "local", "sockaddr", "socket")
+    __slots__ = ("_accept", "_file", "_proto", "family", "local", "sockaddr", "socket")
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, file: SocketFile | None = None) -> None:
         self.socket = sock
+        self._file = file
         self.family = sock.family
         self.sockaddr = sock.getsockname()
         self.local = None if self.family == AF_UNIX or self.sockaddr[0] in ("0.0.0.0", "::") else self.sockaddr
@@ -179,29 +232,35 @@ class Listener:
         return sock, address, self.local, descriptor
 
     def close(self) -> None:
-        """Stop listening; the file of a Unix socket is removed."""
-        self.socket.close()
-        if self.family == AF_UNIX and self.sockaddr and not _is_abstract(self.sockaddr):
-            try:
-                os.unlink(self.sockaddr)
-            except OSError:
-                pass
+        """Stop listening; the file of a Unix socket is removed, by the process that made it."""
+        try:
+            if self._file is not None:
+                self._file.remove()
+        finally:
+            self.socket.close()
 
 
-def listen(address: Address, backlog: int, *, reuse_port: bool = False) -> Listener:
+def listen(
+    address: Address, backlog: int, *, reuse_port: bool = False, permissions: Permissions | None = None, given: Any = None
+) -> Listener:
     """Bind to one address and listen.
 
     Accepted sockets inherit TCP_NODELAY and keepalive from it, which saves two calls for each.
+
+    Args:
+        permissions: of the file of a Unix socket.
+        given: a socket to take instead of a new one; it stays open if this raises.
 
     Raises:
         OSError: with the errno of the call that failed and the address in its text.
     """
     family, sockaddr = address.family, address.sockaddr
+    file = None
     try:
-        sock = gevent.socket.socket(family, stdlib_socket.SOCK_STREAM)
+        sock = gevent.socket.socket(family, stdlib_socket.SOCK_STREAM) if given is None else given
         try:
             if family == AF_UNIX:
-                _remove_stale(sockaddr)
+                file = bind_file(sock, sockaddr, permissions)
             else:
                 sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
                 if reuse_port:
@@ -209,17 +268,27 @@ def listen(address: Address, backlog: int, *, reuse_port: bool = False) -> Liste
                 if family == stdlib_socket.AF_INET6:
                     sock.setsockopt(stdlib_socket.IPPROTO_IPV6, stdlib_socket.IPV6_V6ONLY, 1)
                 set_tcp_defaults(sock)
-            sock.bind(sockaddr)
+                sock.bind(sockaddr)
             sock.listen(backlog)
+            return Listener(sock, file)
         except BaseException:
-            sock.close()
+            if file is not None:
+                file.remove()
+            if given is None:
+                sock.close()
             raise
     except OSError as error:
-        raise _explained(error, address) from error
-    return Listener(sock)
+        raise explained(error, address) from error
 
 
-def listen_all(addresses: list[Address], backlog: int, *, reuse_port: bool = False) -> list[Listener]:
+def listen_all(
+    addresses: list[Address],
+    backlog: int,
+    *,
+    reuse_port: bool = False,
+    permissions: Permissions | None = None,
+    given: Any = None,
+) -> list[Listener]:
     """Listen on every address, all on one port, also if that port is 0.
 
     Raises:
@@ -231,7 +300,7 @@ def listen_all(addresses: list[Address], backlog: int, *, reuse_port: bool = Fal
             for address in addresses:
                 if made and address.sockaddr[1] == 0:
                     address = address._replace(sockaddr=_with_port(address.sockaddr, made[0].sockaddr[1]))
-                made.append(listen(address, backlog, reuse_port=reuse_port))
+                made.append(listen(address, backlog, reuse_port=reuse_port, permissions=permissions, given=given))
             return made
         except OSError as error:
             for listener in made:
@@ -249,39 +318,71 @@ def set_tcp_defaults(sock: Any) -> None:
     sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
 
 
-def dial(address: Address) -> tuple[Any, int]:
+def dial(address: Address, source: Address | None = None, given: Any = None) -> tuple[Any, int]:
     """Make a socket and begin to connect it.
+
+    Args:
+        source: what to bind to before.
+        given: a socket to take instead of a new one; it stays open if this raises.
 
     Returns:
         the gevent socket, and 0 if it is connected already, else the errno; see `dial_result`.
 
     Raises:
-        OSError: no socket could be made.
+        OSError: no socket could be made, or not be bound to `source`.
     """
-    sock = gevent.socket.socket(address.family, stdlib_socket.SOCK_STREAM)
+    sock = gevent.socket.socket(address.family, stdlib_socket.SOCK_STREAM) if given is None else given
     try:
         if address.family != AF_UNIX:
             set_tcp_defaults(sock)
-        # The C method: gevent's own connect_ex would wait.
-        code = sock._sock.connect_ex(address.sockaddr)
-    except BaseException:
-        sock.close()
+            if source is not None:
+                _bind_source(sock, source)
+        return sock, connect_at_once(sock, address.sockaddr)
+    except BaseException as error:
+        if given is None:
+            sock.close()
+        if isinstance(error, OSError) and error.errno is None:  # Python itself looks how long a path is
+            raise OSError(errno.ENAMETOOLONG, str(error)) from error
         raise
-    return sock, 0 if code == errno.EISCONN else code
 
 
 def in_progress(code: int) -> bool:
-    """Tell whether the errno of `dial` means: wait until the socket is writable."""
+    """Tell whether the errno of `dial`, or of `dial_result`, means: wait until the socket is writable."""
     return code in IN_PROGRESS
 
 
-def dial_result(sock: Any) -> int:
-    """Return how a dial ended: 0 or an errno."""
-    code = int(sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_ERROR))
-    if code == 0 and sock.family != AF_UNIX and local_sockaddr(sock) == remote_sockaddr(sock):
+def _bind_source(sock: Any, source: Address) -> None:
+    """Choose where a dial comes from."""
+    host, port = source.sockaddr[0], source.sockaddr[1]
+    if port:
+        # Else nobody could be dialled from there for a minute after it was closed here, nor a second one meanwhile.
+        sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
+    elif not host:
+        return
+    elif IP_BIND_ADDRESS_NO_PORT is not None:
+        # The kernel would choose a port that it uses for nobody else: 28,000 connections, and there are none left. This way
+        # there are as many for each address that is dialled. Source: ip(7).
+        try:
+            sock.setsockopt(stdlib_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+        except OSError:
+            pass  # an older kernel
+    try:
+        sock.bind(source.sockaddr)
+    except OSError as error:
+        hint = ", which is no address of this machine" if error.errno == errno.EADDRNOTAVAIL else ""
+        raise OSError(error.errno, f"{error.strerror}: source_address {format_address(source.sockaddr)}{hint}") from error
+
+
+def dial_result(sock: Any) -> tuple[int, Any]:
+    """Return how a dial ended: 0 or an errno, see `in_progress`; and, if it is 0, the socket's own address."""
+    peer = remote_sockaddr(sock)
+    if peer is None:
+        return sock.getsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_ERROR) or errno.EINPROGRESS, None
+    local = local_sockaddr(sock)
+    if peer == local and sock.family != AF_UNIX:
         # Dialling a local port that nobody listens on can meet itself when the kernel picks that very port as source.
-        return errno.ECONNREFUSED
-    return code
+        return errno.ECONNREFUSED, None
+    return 0, local
 
 
 def resolve(address: Address) -> list[Address]:
@@ -307,6 +408,17 @@ def resolve(address: Address) -> list[Address]:
     if not found:
         raise stdlib_socket.gaierror(stdlib_socket.EAI_NONAME, f"no address is known for {host!r}")
     return found
+
+
+def look_up(function: str, *args: Any) -> Any:
+    """Call ``gethostbyname``, ``gethostbyname_ex``, ``gethostbyaddr`` or ``getaddrinfo`` of ``gevent.socket``.
+
+    Only the calling greenlet waits.
+
+    Raises:
+        OSError: (socket.gaierror, socket.herror) nothing was found.
+    """
+    return getattr(gevent.socket, function)(*args)
 
 
 def ipv6_works() -> bool:
@@ -373,6 +485,20 @@ def abandon(sock: Any) -> None:
     os.close(sock._sock.detach())
 
 
+def peer_credentials(sock: Any) -> tuple[int, int, int] | None:
+    """Return pid, uid and gid of a Unix socket's peer, None if the kernel does not know them.
+
+    *Source*: unix(7), SO_PEERCRED.
+    """
+    if SO_PEERCRED is None or not isinstance(sock, GeventSocket):
+        return None  # what stands for a socket in tests has no peer
+    try:
+        pid, uid, gid = struct.unpack("iII", sock.getsockopt(stdlib_socket.SOL_SOCKET, SO_PEERCRED, 12))
+    except OSError:
+        return None
+    return None if uid == NOBODY_KNOWN else (pid, uid, gid)
+
+
 def local_sockaddr(sock: Any) -> Any:
     """Return the socket's own address, None if it has none (any more)."""
     try:
@@ -389,35 +515,18 @@ def remote_sockaddr(sock: Any) -> Any:
         return None
 
 
-def _is_abstract(path: str | bytes) -> bool:
-    return path[:1] in ("\0", b"\0")
-
-
-def _remove_stale(path: Any) -> None:
-    """Remove the socket file that a process left behind; one that somebody listens on is left alone."""
-    try:
-        if _is_abstract(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
-    with _plain_socket(AF_UNIX, stdlib_socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) == errno.ECONNREFUSED:
-            os.unlink(path)
-
-
 def _with_port(sockaddr: Sockaddr, port: int) -> Any:
     return (sockaddr[0], port, *sockaddr[2:])
 
 
-def _explained(error: OSError, address: Address) -> OSError:
+def explained(error: OSError, address: Address) -> OSError:
     """Return the same kind of error with the address, and what to do, in its text."""
     hint = ""
-    if error.errno == errno.EADDRINUSE:
+    if address.family == AF_UNIX:
+        pass  # `bind_file` says it
+    elif error.errno == errno.EADDRINUSE:
         hint = "; another socket listens there: stop that program, choose another port, or let both share it with reuse_port=True"
-        if address.family == AF_UNIX:
-            hint = "; somebody listens there: stop that program or choose another path"
-    elif error.errno == errno.EACCES and address.family != AF_UNIX:
+    elif error.errno == errno.EACCES:
         hint = "; ports below 1024 may need privileges"
     elif error.errno == errno.EADDRNOTAVAIL:
         hint = "; no interface of this machine has that address"

@@ -89,7 +89,8 @@ def _next(stream: "Stream[...]", framer: Framer[Any] | None, timeout: float | No
         while True:
             if stream._secure and stream._shaking:
                 _shake_hands(stream, alarm, timeout)
-            chunk = _find(stream, framer)
+            # Not even what has come already is answered by more files: each of them holds a descriptor.
+            chunk = NOTHING if too_much and stream._outbox.files else _find(stream, framer)
             if chunk is not NOTHING:
                 stream._own_seen = stream._own_output
                 return chunk

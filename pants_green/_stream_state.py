@@ -7,9 +7,10 @@ import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pants_green import _sockets
-from pants_green._address import format_address
+from pants_green._address import Address, format_address
 from pants_green._callbacks import Chunk, StreamCallbacks
-from pants_green._delimiters import Incremental, check_encoding, framer_for
+from pants_green._cutting import Encoding, ReadDelimiter, RegexSearch, framer_of, unchecked
+from pants_green._delimiters import Incremental, check_encoding
 from pants_green._inbox import Inbox
 from pants_green._lifecycle import CONNECTING, STREAM_MOVES, Event
 from pants_green._limits import Limits
@@ -18,8 +19,6 @@ from pants_green._settings import Setting, byte_count, one_of, seconds, truth
 from pants_green._tls import Filter
 from pants_green._tls_options import TLSOptions
 from pants_green.channel import Channel
-from pants_green.errors import InvalidReadDelimiterError
-from pants_green.framing import Framer
 
 if TYPE_CHECKING:
     from pants_green.server import Server
@@ -28,9 +27,6 @@ __all__ = ["INTERRUPTED", "KIB", "RECEIVE_LEAST", "REFUSED", "TURN", "StreamStat
 
 KIB = 1024
 MIB = 1024 * KIB
-
-#: How many framers of delimiters that were set are kept at hand.
-LATELY = 256
 
 #: Bytes of the smallest receive, with which a stream begins.
 RECEIVE_LEAST = 4 * KIB
@@ -48,52 +44,6 @@ TURN = 0.01
 REFUSED: Any = ()
 
 
-class ReadDelimiter(Setting[Any]):
-    """What ends a chunk; setting it takes effect with the very next one."""
-
-    #: Framers of bytes and sizes that were used lately, by both.
-    lately: ClassVar[dict[Any, Framer[Any]]] = {}
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        if type(value) is int or type(value) is bytes:
-            # Some protocols change it for each chunk: this way that is 5 times as quick.
-            framer = self.lately.get(value)
-            inbox = instance._inbox
-            if framer is not None and inbox.one_by_one and not instance._waiting and instance._encoding is None:
-                instance._read_delimiter = value
-                instance._framer = framer
-                inbox.searched = inbox.wanted = 0
-                return
-        current = instance._read_delimiter
-        if value is not current and (type(value) is not type(current) or value != current):
-            instance._cut_by(value, instance._encoding, instance._regex_search)
-            instance._read_delimiter = value
-            if (type(value) is int or type(value) is bytes) and instance._encoding is None:
-                if len(self.lately) >= LATELY:
-                    self.lately.clear()
-                self.lately[value] = instance._framer
-
-
-class Encoding(Setting[str | None]):
-    """Into what chunks are decoded; takes effect with the very next one."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        value = self.check(f"{type(instance).__name__}.{self.name}", value)
-        if value != instance._encoding:
-            instance._cut_by(instance._read_delimiter, value, instance._regex_search)
-            instance._encoding = value
-
-
-class RegexSearch(Setting[bool]):
-    """How a pattern is used; takes effect with the very next chunk."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        value = self.check(f"{type(instance).__name__}.{self.name}", value)
-        if value is not instance._regex_search:
-            instance._cut_by(instance._read_delimiter, instance._encoding, value)
-            instance._regex_search = value
-
-
 class Mark(Setting[int]):
     """Bytes in the outbox above which something happens."""
 
@@ -108,18 +58,6 @@ class TimeLimit(Setting[float | None]):
     def __set__(self, instance: Any, value: Any) -> None:
         super().__set__(instance, value)
         instance._limit_changed(self.name.removesuffix("_timeout"))
-
-
-def _unchecked(name: str, value: Any) -> Any:
-    # What a delimiter is worth depends on the encoding, too: see _settled and _cut_by.
-    return value
-
-
-def _framer_of(owner: type, delimiter: Any, encoding: str | None, regex_search: bool) -> Framer[Any] | None:
-    try:
-        return framer_for(delimiter, encoding, regex_search)
-    except InvalidReadDelimiterError as error:
-        raise type(error)(f"{owner.__name__}: {error}") from None
 
 
 class StreamState(StreamCallbacks[Chunk]):
@@ -141,7 +79,7 @@ class StreamState(StreamCallbacks[Chunk]):
         _recv, _send, _reader, _writer: the world; see `_sockets.Ports`. None while there is no socket.
         _key: the descriptor, under which the server's `channels` has it; None when it is not there.
         _remote, _remote_override: the peer's address, and the one that was assigned.
-        _limits: its time limits, if any has ever run. _server: that which accepted it.
+        _limits: its time limits, if one runs or has run. _server: that which accepted it.
         _secure: whether it speaks TLS, or is to.
     """
 
@@ -186,7 +124,7 @@ class StreamState(StreamCallbacks[Chunk]):
     #: many bytes. A compiled pattern: see `regex_search`. A ``struct.Struct``, or a NetStruct: its fields are the arguments of
     #: ``on_read``. A Framer of ``pants_green.framing``. On the class or on an instance; in a callback it holds from the next
     #: chunk on.
-    read_delimiter = ReadDelimiter(None, _unchecked)
+    read_delimiter = ReadDelimiter(None, unchecked)
 
     #: Whether a pattern is searched for, and ``on_read`` gets what is before it; else it has to match from the start of the
     #: chunk on, and ``on_read`` gets the match object. A match is taken as soon as there is one: let a pattern end in something
@@ -225,6 +163,9 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Seconds for which the peer may take none of the pending output, TLS' goodbye among it; None: no limit. See ``on_timeout``.
     write_timeout: Setting[float | None] = TimeLimit(60.0, seconds)
 
+    #: Seconds that ``connect()`` may take, from the call on: looking the name up, and all attempts; None: no limit.
+    connect_timeout: Setting[float | None] = TimeLimit(30.0, seconds)
+
     #: Seconds that a TLS handshake may take; None: no limit. For that with which a server's connection begins see the server's own.
     handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
 
@@ -240,6 +181,7 @@ class StreamState(StreamCallbacks[Chunk]):
     _encoding: str | None
     _overflow: str
     _write_timeout: float | None
+    _connect_timeout: float | None
     _handshake_timeout: float | None
 
     # What few streams need; it has no slot either, which every stream would have to fill.
@@ -249,6 +191,8 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Whether a callback is in ``read()``.
     _in_read = False
     _writes_dropped = 0
+    #: Of `_pending`, those that are in files: they take no memory.
+    _in_files = 0
     #: Bytes that were dropped when the stream was closed.
     _unsent = 0
     _decoder: Incremental | None = None
@@ -257,14 +201,16 @@ class StreamState(StreamCallbacks[Chunk]):
     _tls_options: TLSOptions | None = None
     _shaking = False
     _tls: Filter | None = None
-    #: The name that was dialled, if it had to be looked up.
+    #: The name that was dialled, if it had to be looked up; where from, if that was said; the attempts, while there are several.
     _host: str | None = None
+    _source: Address | None = None
+    _race: Any = None
 
     @classmethod
     def _settled(cls) -> None:
         """Work out once for the class what every instance would have to look up."""
         delimiter = cls.read_delimiter
-        framer = _framer_of(cls, delimiter, cls.encoding, cls.regex_search)
+        framer = framer_of(cls, delimiter, cls.encoding, cls.regex_search)
         own = isinstance(framer, Incremental)
         one_by_one = framer is not None and not framer.splits
         plain = not (one_by_one or (framer is not None and framer.spread))
@@ -277,6 +223,7 @@ class StreamState(StreamCallbacks[Chunk]):
         cls._encoding = cls.encoding
         cls._overflow = cls.overflow
         cls._write_timeout = cls.write_timeout
+        cls._connect_timeout = cls.connect_timeout
         cls._handshake_timeout = cls.handshake_timeout
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
@@ -420,7 +367,7 @@ class StreamState(StreamCallbacks[Chunk]):
 
     def _cut_by(self, delimiter: Any, encoding: str | None, regex_search: bool) -> None:
         """Cut the input in another way, from the next chunk on."""
-        framer = _framer_of(type(self), delimiter, encoding, regex_search)
+        framer = framer_of(type(self), delimiter, encoding, regex_search)
         inbox = self._inbox
         if not inbox.one_by_one:  # else the delimiter is looked up for each chunk anyway
             self._attention = INTERRUPTED
@@ -446,3 +393,34 @@ class StreamState(StreamCallbacks[Chunk]):
         if not self._told:
             self._attention = INTERRUPTED
             super()._post(name, *args)
+
+    # ---- one connection after the other
+
+    def _chosen(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what has been set on a stream that was not connected yet, for `_begin_anew`: in slots, and without."""
+        slots = {setting.slot for setting in type(self)._settings.values() if setting.slot in OF_ONE_CONNECTION}
+        names = (*slots, "_framer", "_mark", "_paused", "_secure")
+        return {name: getattr(self, name) for name in names}, {name: self.__dict__[name] for name in self.__dict__.keys() & COLD}
+
+    def _begin_anew(self, chosen: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Be as the constructor has left it, with what was set then; whatever else the user has put on the stream stays."""
+        slots, cold = chosen
+        blank = object.__new__(type(self))
+        StreamState.__init__(blank, None, self._engine)
+        for name in OF_ONE_CONNECTION:
+            setattr(self, name, getattr(blank, name))
+        for name in self.__dict__.keys() & COLD:
+            del self.__dict__[name]
+        self.__dict__.update(cold)
+        for name, value in slots.items():
+            setattr(self, name, value)
+        if isinstance(self._framer, Incremental):
+            self._framer = self._framer.fresh()
+        self._inbox.begin_again(self._framer)
+
+
+#: The slots that are about the connection at hand.
+OF_ONE_CONNECTION = {*Channel.__slots__, *StreamState.__slots__} - {"__dict__", "__weakref__", "_engine", "_end_heard", "_write_heard"}
+
+#: What has no slot, and stands among an instance's attributes if it is not as in the class.
+COLD = vars(StreamState).keys()

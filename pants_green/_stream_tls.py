@@ -7,6 +7,7 @@ bytes is in ``_tls``; the handshake of a server that speaks TLS from the start i
 from typing import TYPE_CHECKING, Any
 
 from pants_green._delimiters import Incremental
+from pants_green._files import FileSender
 from pants_green._lifecycle import CLOSED, CONNECTING, NEW, OPEN, READ_ONLY, CloseReason
 from pants_green._stream_state import INTERRUPTED
 from pants_green._tls import DORMANT, Filter
@@ -54,7 +55,9 @@ def _over_live_stream(stream: "Stream[...]", options: TLSOptions) -> None:
     if stream._sending:
         stream._sending = False
         stream._writer.stop()
-    stream._recv, stream._send, stream._writer = stream._tls.recv_nothing, stream._tls.send_clear, DORMANT
+    stream._recv, stream._writer = stream._tls.recv_nothing, DORMANT
+    stream._secure = True
+    stream._send_by(stream._tls.send_clear)
     stream._interrupt()
 
 
@@ -67,7 +70,8 @@ def _filter(stream: "Stream[...]", options: TLSOptions, clear: int = 0) -> Filte
         if hostname is None and options.context.check_hostname:
             hint = "give server_hostname, for no host was dialled; or server_side=True, if this is the server's side"
             raise ValueError(f"startSSL() on {stream!r}: whose certificate is it to be? {hint}")
-    raw = (stream._recv, stream._send, stream._reader, stream._writer)
+    send = stream._send.send if isinstance(stream._send, FileSender) else stream._send
+    raw = (stream._recv, send, stream._reader, stream._writer)
     soon = stream._engine._loop.run_callback
     return Filter(
         options.context,
@@ -180,4 +184,5 @@ def stand_on(stream: "Stream[...]", tls: Filter) -> None:
     stream._secure = True
     stream._tls = tls
     tls.owner = stream
-    stream._recv, stream._send, stream._reader, stream._writer = tls.recv, tls.send, tls.reader, tls.raw[3]
+    stream._recv, stream._reader, stream._writer = tls.recv, tls.reader, tls.raw[3]
+    stream._send_by(tls.send)

@@ -9,6 +9,8 @@
         ReadDelimiterTypeError (TypeError)  no such kind of delimiter
         ReadDelimiterValueError (ValueError) a delimiter that could never end a chunk
       StreamConnectError (OSError)          the dial failed
+      DatagramTooLong (OSError)             no packet can be as long as that; a ValueError, too
+      ProxyHeaderError (ValueError)         what came is no PROXY header
       StreamBufferOverflow                  too many bytes without a delimiter, or not sent
       ReadTimeout (TimeoutError)            no whole chunk came in time
       WriteTimeout (TimeoutError)           the peer took nothing for too long
@@ -20,10 +22,12 @@ Your mistake is raised at you; the world's mistake is delivered to an ``on_*_err
 __all__ = [
     "ChannelClosed",
     "ChannelStateError",
+    "DatagramTooLong",
     "HandshakeTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
+    "ProxyHeaderError",
     "ReadDelimiterTypeError",
     "ReadDelimiterValueError",
     "ReadTimeout",
@@ -83,6 +87,23 @@ class ReadDelimiterValueError(InvalidReadDelimiterError, ValueError):
 
 class StreamConnectError(PantsError, OSError):
     """A connection could not be made; ``errno`` and ``strerror`` say why, as in any OSError."""
+
+
+class DatagramTooLong(PantsError, OSError, ValueError):
+    """More bytes than one packet can carry; ``errno`` is EMSGSIZE."""
+
+
+class ProxyHeaderError(PantsError, ValueError):
+    """What has come can never become a valid header of the PROXY protocol.
+
+    Args:
+        message: what was expected, at which byte, and what is there.
+        position: the byte in question, counted from 0.
+    """
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 class StreamBufferOverflow(PantsError):

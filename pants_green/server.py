@@ -14,12 +14,14 @@ from greenlet import getcurrent
 
 from pants_green import _sockets
 from pants_green import stream as stream_module
-from pants_green._address import NOT_GIVEN, Address, format_address, parse_listen
+from pants_green._address import NOT_GIVEN, Address, ListenCall, format_address, parse_listen
+from pants_green._adopting import adopt, is_bound, is_listening
 from pants_green._callbacks import Chunk
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
 from pants_green._server_tls import ServerTLS, silence
+from pants_green._socket_file import Permissions
 from pants_green.channel import Channel
-from pants_green.errors import ChannelStateError
+from pants_green.errors import ChannelStateError, InvalidAddressFormatError
 from pants_green.stream import Stream
 
 __all__ = ["Channels", "Connection", "Server", "StreamServer"]
@@ -42,22 +44,36 @@ class StreamServer(ServerTLS):
     """Listens, and hands every accepted socket to ``on_accept``; keeps no connections. `Server` is what you usually want.
 
     Args:
+        socket: a socket of gevent or of the standard library to take over for good: one that listens is accepted from at once;
+            one that does not, bound or not, by ``listen()``. An SSLSocket gives its context, too. None: one is made.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
         ssl_options: what ``startSSL()`` is called with; None: without TLS.
 
     Raises:
+        TypeError: `socket` is no stream socket, is closed, or connected.
         TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
-    __slots__ = ("_accept_at_once", "_back_off", "_ended", "_ending", "_exhausted_at", "_exhaustion_told", "_listeners", "_paused")
+    __slots__ = (
+        "_accept_at_once",
+        "_back_off",
+        "_ended",
+        "_ending",
+        "_exhausted_at",
+        "_exhaustion_told",
+        "_given",
+        "_listeners",
+        "_paused",
+    )
 
     #: Whether `_children` knows the streams that stand on this server; else the engine does.
     _keeps_streams: ClassVar[bool] = False
 
     _logger = logging.getLogger("pants_green.server")
 
-    def __init__(self, *, engine: Any = None, ssl_options: Any = None) -> None:
+    def __init__(self, *, socket: Any = None, engine: Any = None, ssl_options: Any = None) -> None:
         super().__init__(engine)
+        self._given: Any = None
         self._listeners: list[_sockets.Listener] = []
         self._accept_at_once = ACCEPT_AT_ONCE
         self._back_off = 0.0
@@ -68,8 +84,35 @@ class StreamServer(ServerTLS):
         self._ended = False
         if ssl_options is not None:
             self.startSSL(ssl_options)
+        if socket is not None:
+            self._adopt(socket)
 
     # ---- opening
+
+    def _adopt(self, socket: Any) -> None:
+        """Take a socket of the user's over; accept from it if it listens, else keep it for ``listen()``."""
+        owner = type(self).__name__
+        remote = _sockets.remote_sockaddr(socket) if hasattr(socket, "getpeername") else None
+        if remote is not None:
+            raise TypeError(f"{owner}(socket=) takes a socket that listens, or is to; {socket!r} is connected: give it to a Stream")
+        if self._tls_options is not None and hasattr(socket, "do_handshake"):
+            raise ChannelStateError(f"{owner}(ssl_options=): {socket!r} has a context of its own")
+        self._engine._enter()
+        listening = is_listening(socket)
+        socket, options = adopt(socket, stdlib_socket.SOCK_STREAM, owner)
+        try:
+            if options is not None:
+                self.startSSL(options["context"])
+            if listening:
+                self._check_certificate(f"{owner}(socket=)", self._tls_options)
+                self._open([_sockets.Listener(socket)])
+        except BaseException:
+            socket.close()
+            raise
+        self._given = socket
+        if listening:
+            self._post("on_listen")
+            self._resume_accepting()
 
     def listen(
         self,
@@ -100,22 +143,48 @@ class StreamServer(ServerTLS):
             InvalidAddressFormatError: (ValueError) nobody can parse the address.
             OSError: the address is in use or cannot be bound. The server stays as it was and may try another.
         """
+        if self._given is not None and address is NOT_GIVEN and port is None and not legacy:
+            return self._listen_on_given(backlog)
         call = parse_listen(address, legacy, backlog=backlog, slave=slave, host=host, port=port)
+        return self._listen(call, reuse_port=reuse_port)
+
+    def _listen(self, call: ListenCall, *, reuse_port: bool = False, permissions: Permissions | None = None) -> Any:
+        """Do what ``listen()`` says, when its arguments have been understood."""
         self._check_may_listen()
         self._check_certificate("listen()", self._tls_options)
         self._engine._enter()
         addresses = self._addresses(call.address, call.slave)
         self._check_may_listen()  # looking a name up takes time, in which others may have done something
-        self._listeners = _sockets.listen_all(addresses, call.backlog, reuse_port=reuse_port)
-        self._socket = self._listeners[0].socket
-        self._local = self._listeners[0].sockaddr
+        self._open(_sockets.listen_all(addresses, call.backlog, reuse_port=reuse_port, permissions=permissions, given=self._given))
+        self._call("on_listen")
+        self._resume_accepting()
+        return self
+
+    def _listen_on_given(self, backlog: int | None) -> Any:
+        """Do so on the socket that was given, and without an address: on that which it has."""
+        if self._state is LISTENING:
+            return self  # it was listening when it was given
+        call = parse_listen(backlog=backlog)
+        if not is_bound(self._given):
+            return self._listen(call)
+        self._check_may_listen()
+        self._check_certificate("listen()", self._tls_options)
+        self._engine._enter()
+        self._given.listen(call.backlog)
+        self._open([_sockets.Listener(self._given)])
+        self._call("on_listen")
+        self._resume_accepting()
+        return self
+
+    def _open(self, listeners: list[_sockets.Listener]) -> None:
+        """Stand on sockets that listen."""
+        self._listeners = listeners
+        self._socket = listeners[0].socket
+        self._local = listeners[0].sockaddr
         self._context = contextvars.copy_context()
         self._move(LISTEN)
         self._engine._roots.add(self)
         self._log(logging.INFO, "listening", event="listen")
-        self._call("on_listen")
-        self._resume_accepting()
-        return self
 
     def _check_may_listen(self) -> None:
         if self._state is LISTENING:
@@ -125,6 +194,8 @@ class StreamServer(ServerTLS):
 
     def _addresses(self, address: Address, slave: bool) -> list[Address]:
         """Return every address to bind to: both families of "any", all addresses of a name."""
+        if self._given is not None:
+            return self._address_for_given(address)
         if address.is_any and slave and _sockets.ipv6_works():
             port = address.sockaddr[1]
             return [
@@ -135,6 +206,19 @@ class StreamServer(ServerTLS):
         if address.needs_lookup and not _sockets.ipv6_works():
             found = [one for one in found if one.family != stdlib_socket.AF_INET6] or found
         return found
+
+    def _address_for_given(self, address: Address) -> list[Address]:
+        """Return the one address to which the socket that was given is to be bound."""
+        call = f"listen() on {self!r}"
+        if is_bound(self._given):
+            raise ChannelStateError(f"{call}: its socket is bound to {format_address(self._given.getsockname())} already; call it without")
+        family = self._given.family
+        found = [one for one in _sockets.resolve(address) if one.family == family]
+        if address.is_any and address.family != family and family == stdlib_socket.AF_INET6:
+            found = [Address(family, ("::", address.sockaddr[1], 0, 0), False)]  # type: ignore[arg-type]
+        if not found:
+            raise InvalidAddressFormatError(f"{call}: {format_address(address.sockaddr)} does not fit the given socket, {self._given!r}")
+        return found[:1]
 
     # ---- accepting
 
@@ -321,6 +405,9 @@ class StreamServer(ServerTLS):
         for listener in self._listeners:
             listener.close()
         self._listeners = []
+        if self._given is not None:
+            self._given.close()
+            self._given = None
         self._socket = None
         self._end_greetings()
         self._forget_if_done()
@@ -413,6 +500,7 @@ class Server(StreamServer):
     Args:
         ConnectionClass: the class of the connections, called as ``ConnectionClass(socket=..., server=...)``; by default
             the attribute of the same name.
+        socket: a socket to take over: see `StreamServer`.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
         ssl_options: what ``startSSL()`` is called with; None: without TLS.
 
@@ -431,8 +519,7 @@ class Server(StreamServer):
     #: What every connection is wrapped in, unless the constructor is given something else.
     ConnectionClass: Any = Connection
 
-    def __init__(self, ConnectionClass: Any = None, *, engine: Any = None, ssl_options: Any = None) -> None:
-        super().__init__(engine=engine, ssl_options=ssl_options)
+    def __init__(self, ConnectionClass: Any = None, *, socket: Any = None, engine: Any = None, ssl_options: Any = None) -> None:
         if ConnectionClass is not None:
             self.ConnectionClass = ConnectionClass
         wanted = self.ConnectionClass
@@ -440,6 +527,7 @@ class Server(StreamServer):
             raise TypeError(f"{type(self).__name__}.ConnectionClass is a subclass of Stream (or Connection), not {wanted!r}")
         self.channels = Channels()
         self._settling: set[Stream] = set()
+        super().__init__(socket=socket, engine=engine, ssl_options=ssl_options)  # last, for a socket that listens is accepted from
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

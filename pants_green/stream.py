@@ -5,8 +5,8 @@
 This file reads in that order: Opening, Reading, Writing, Closing. What a stream is made of is in ``_stream_state``, what its
 user may override in ``_callbacks``, what may follow what in ``_lifecycle``. On the byte's way: ``_dialling`` makes the
 connection; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``; ``_straight`` is ``read()``; ``_outbox``
-holds what waits to be sent, ``_room`` those who wait for it; ``_tls`` is the filter in between, and ``_stream_tls`` puts it there;
-``_limits`` counts the time; ``_linger`` sees the peer off.
+holds what waits to be sent, ``_files`` sends files, ``_room`` has those who wait; ``_tls`` is the filter in between, and
+``_stream_tls`` puts it there; ``_limits`` counts the time; ``_linger`` sees the peer off.
 Accepting is in ``server``.
 """
 
@@ -21,8 +21,10 @@ from greenlet import getcurrent
 
 from pants_green import _sockets
 from pants_green._address import NOT_GIVEN, Address, parse_connect
+from pants_green._adopting import adopt, is_listening
 from pants_green._callbacks import Chunk, StreamCallbacks
-from pants_green._dialling import dial
+from pants_green._dialling import dial, give_up, parse_source
+from pants_green._files import BURST, FileSender, item_of
 from pants_green._inbox import NOTHING
 from pants_green._lifecycle import (
     CLOSE,
@@ -91,13 +93,15 @@ class Stream(StreamState[Chunk]):
     goes out.
 
     Args:
-        socket: a connected gevent socket to take over; none for a stream that will dial.
+        socket: a socket of gevent or of the standard library to take over for good: connected; or not yet, to dial with; an
+            SSLSocket before its handshake gives its context, too. None for a stream that makes its own.
         server: the server that accepted it.
         engine: the Engine, or the module ``pants_green.engine``; by default the server's, else this thread's.
         ssl_options: what ``startSSL()`` is called with; None: without TLS.
 
     Raises:
-        TypeError: `socket` is no gevent stream socket, or `engine` no engine.
+        TypeError: `socket` is no stream socket, is closed, or listens; or `engine` is no engine.
+        ChannelStateError: (RuntimeError) the TLS handshake of `socket` is done.
         TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
@@ -135,22 +139,37 @@ class Stream(StreamState[Chunk]):
                 self._socket = socket
                 stand_on(self, tls)
         else:
-            if hasattr(socket, "do_handshake"):
-                raise TypeError(f"{type(self).__name__}(socket=) takes a plain socket, not one with TLS: {socket!r}")
-            if not isinstance(socket, _sockets.GeventSocket) or socket.type != stdlib_socket.SOCK_STREAM:
-                raise TypeError(f"{type(self).__name__}(socket=) takes a connected gevent stream socket, not {socket!r}")
+            self._adopt(socket)
+
+    def _adopt(self, socket: Any) -> None:
+        """Stand on a socket of the user's: live on one that is connected, keep another for ``connect()``."""
+        owner = type(self).__name__
+        if isinstance(socket, TLSSocket):
             self._remote = _sockets.remote_sockaddr(socket)
             if self._remote is None:
-                raise TypeError(f"{type(self).__name__}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
-            if isinstance(socket, TLSSocket):
-                self._engine._enter()  # before the socket is of no use any more
-                tls = socket._hand_over()
-                self._socket = socket
-                stand_on(self, tls)
-                self._start(socket)
-                return
+                raise TypeError(f"{owner}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
+            self._engine._enter()  # before the socket is of no use any more
+            tls = socket._hand_over()
+            self._socket = socket
+            stand_on(self, tls)
             self._start(socket)
-            self._use(socket, _sockets.ports_of(socket))
+            return
+        if is_listening(socket):
+            raise TypeError(f"{owner}(socket=) takes a socket for one connection, and {socket!r} listens: give it to a Server")
+        if self._secure and hasattr(socket, "do_handshake"):
+            raise ChannelStateError(f"{owner}(ssl_options=): {socket!r} has a context of its own")
+        self._engine._enter()
+        socket, options = adopt(socket, stdlib_socket.SOCK_STREAM, owner)
+        try:
+            if options is not None:
+                self.startSSL(options)
+        except BaseException:
+            socket.close()
+            raise
+        self._use(socket, _sockets.ports_of(socket))
+        self._remote = _sockets.remote_sockaddr(socket)
+        if self._remote is not None:
+            self._start(socket)
 
     def _start(self, socket: Any) -> None:
         """Live, in a new greenlet, on a socket that was not accepted in this one."""
@@ -170,34 +189,46 @@ class Stream(StreamState[Chunk]):
         if self._server is None or not self._server._keeps_streams:
             self._engine._roots.add(self)
 
-    def connect(self, address: Any, port: int | None = None) -> "Stream[Chunk]":
+    def connect(self, address: Any, port: int | None = None, *, source_address: tuple[str, int] | None = None) -> Self:
         """Dial; returns at once. ``on_connect`` or ``on_connect_error`` follows, never inside this call.
 
-        A name is looked up without blocking anybody, and its addresses are tried one after the other.
+        A name is looked up without blocking anybody. If it has several addresses they race: IPv6 and IPv4 by turns, each begins
+        250 ms after the one before, or as soon as one has failed; the first that answers is taken. See `connect_timeout`.
 
         Args:
             address: ``(host, port)``, a port on this machine, ``(host, port, flowinfo, scope_id)``, or the path of a Unix
                 socket; or the host, with `port` as the second argument.
             port: 1 to 65535.
+            source_address: ``(host, port)`` of this machine to dial from: an IP address, of which kind only addresses are
+                dialled, or ``""`` for any; a port, or 0 for any that is free.
 
         Returns:
             the stream itself.
 
         Raises:
             ChannelStateError: (RuntimeError) it is connecting, connected or closed.
-            InvalidAddressFormatError: (ValueError) nobody can parse the address.
+            InvalidAddressFormatError: (ValueError) nobody can parse the address, or dial it from `source_address`.
         """
         parsed = parse_connect(address, port)
-        if self._state is not NEW or self._socket is not None:
+        source = None if source_address is None else parse_source(source_address, parsed)
+        if self._state is not NEW or self._key is not None:
             raise ChannelStateError(f"connect() on {self!r}: it has been used before; make a new {type(self).__name__} for each connection")
         self._engine._enter()
-        self._move(CONNECT)
-        self._remote = parsed.sockaddr
-        self._context = contextvars.copy_context()
-        self._become_known()
-        self._greenlet = STARTING
-        self._engine._run_soon(self._live, parsed, self._context)
+        self._set_out(parsed, source, contextvars.copy_context())
         return self
+
+    def _set_out(self, address: Address, source: Address | None, context: contextvars.Context) -> None:
+        """Begin to dial."""
+        self._move(CONNECT)
+        self._remote = address.sockaddr
+        if source is not None:
+            self._source = source
+        self._context = context
+        self._become_known()
+        if self._connect_timeout is not None:
+            self._limit("connect", self._connect_timeout)
+        self._greenlet = STARTING
+        self._engine._run_soon(self._live, address, context)
 
     def startSSL(self, ssl_options: Any = None) -> Self:
         """Speak TLS: until the connection stands, from the first byte on; on one that stands, from here on (STARTTLS).
@@ -434,6 +465,7 @@ class Stream(StreamState[Chunk]):
     def _same_batch(self, framer: Any) -> bool:
         """See to what has come up between two chunks, and tell whether the batch goes on; else the rest has been delivered."""
         inbox = self._inbox
+        self._hold_batch()
         if self._attend() and self._framer is framer and not inbox.one_by_one:
             return True
         inbox.put_back(framer)
@@ -468,6 +500,8 @@ class Stream(StreamState[Chunk]):
                     self.on_read(chunk)  # type: ignore[call-arg]
             except BaseException as error:
                 self._failed("on_read", error)
+            if self._attention is not None:
+                self._hold_batch()
         if inbox.data:
             self._unfinished(begun, overflowed)
 
@@ -697,6 +731,56 @@ class Stream(StreamState[Chunk]):
             )
         self.write(packer.pack(*data), flush)
 
+    def write_file(self, file: Any, nbytes: int = 0, offset: int = 0, flush: bool = False) -> None:
+        """Queue a file, or a part of it, to be sent in its turn; returns at once. What is more than 64 KiB takes no memory meanwhile.
+
+        The file may be closed after this call, but should stay as it is until all is sent: what has been cut off meanwhile is left
+        out, with a warning in the log. The kernel sends from regular files by itself, but for TLS, where they are read piece by
+        piece. What has no descriptor (``io.BytesIO``, a GzipFile, a response of ``urlopen``) is read to its end within this call.
+
+        Args:
+            file: a file open for reading; its position does not matter, and stays.
+            nbytes: bytes to send; 0: all there are; more than there are: those there are.
+            offset: bytes to leave out at the start.
+            flush: try to send now.
+
+        Raises:
+            ChannelClosed: (RuntimeError) the stream is not connected, or its output has ended.
+            TypeError, ValueError: `file` cannot be read, or reads as text; a number makes no sense.
+            OSError: no descriptor is left for it, or reading failed.
+        """
+        if self._out is REFUSED:
+            self._refuse("write_file()")
+        self._engine._enter()
+        item = item_of(file, nbytes, offset, f"write_file() on {self!r}")
+        if self._out is REFUSED:  # reading may have taken time
+            if not isinstance(item, bytes):
+                item.close()
+            self._refuse("write_file()")
+        if isinstance(item, bytes):
+            Stream.write(self, item, flush)
+            return
+        if not self._outbox.items:
+            if not self._engine._flush_asked:
+                self._engine._ask_flush()
+            self._engine._dirty.append(self)
+        self._outbox.items.append(item)
+        self._outbox.files += 1
+        self._pending += len(item)
+        self._in_files += len(item)
+        self._send_by(self._send)
+        if self._pending > self._mark and getcurrent() is self._greenlet:
+            self._own_output += 1
+            self._attention = INTERRUPTED  # see _hold_batch
+        if flush:
+            self._flush_all()
+
+    def _send_by(self, send: Any) -> None:
+        """Send with this from now on."""
+        if self._outbox.files and send.__class__ is not FileSender:
+            send = FileSender(self, send)
+        self._send = send
+
     def _refuse(self, call: str) -> NoReturn:
         state = self._state
         if state is NEW or state is CONNECTING:
@@ -763,13 +847,14 @@ class Stream(StreamState[Chunk]):
     def _flush_all(self) -> None:
         """Send until the kernel takes no more, also if the write watcher waits already."""
         items = self._outbox.items
+        in_files = self._in_files
         while items:
             if self._sending:
                 self._sending = False
                 self._writer.stop()
             owed = self._pending
             self._flush()
-            if self._pending == owed:
+            if self._pending == owed or in_files - self._in_files >= BURST:  # a file may be longer than others can wait for
                 return
 
     def _flush(self) -> None:
@@ -820,7 +905,9 @@ class Stream(StreamState[Chunk]):
 
     def _limit_hit(self, which: str) -> None:
         """Hub: the time of a limit is up."""
-        if which == "write" and self._shaking and not (self._tls and self._tls.clear):
+        if which == "connect":
+            give_up(self)
+        elif which == "write" and self._shaking and not (self._tls and self._tls.clear):
             pass  # nothing was offered to the peer: it waits for the handshake
         elif which == "write":
             if self._sending and not self._outbox.items:
@@ -848,8 +935,13 @@ class Stream(StreamState[Chunk]):
 
     def _limit_changed(self, which: str) -> None:
         """A limit has to run anew, or from now on, or no more."""
-        seconds = self._read_timeout if which == "read" else self._write_timeout
-        running = self._sending if which == "write" else self._inbox.data and not self._in_read and (self._waiting or self._paused)
+        if which == "connect":
+            seconds, running = self._connect_timeout, self._state is CONNECTING
+        elif which == "write":
+            seconds, running = self._write_timeout, self._sending
+        else:
+            seconds = self._read_timeout
+            running = bool(self._inbox.data) and not self._in_read and (self._waiting or self._paused)
         if seconds is not None and running:
             self._limit(which, seconds)
         elif self._limits is not None:
@@ -876,6 +968,12 @@ class Stream(StreamState[Chunk]):
         while self._pending > mark and self._state.connected:
             own_wait(self, mark)
             self._run_posted()
+
+    def _hold_batch(self) -> None:
+        """Deliver no more of a batch until the files that its callbacks send are gone: each of them holds a descriptor."""
+        if self._own_output and self._outbox.files and self._pending > self._high_water:
+            self._hold_reading(min(self._low_water, self._high_water))
+            self._own_output = 0
 
     # ---- Closing
 
@@ -1046,7 +1144,7 @@ class Stream(StreamState[Chunk]):
         self._close_error = error
         self._move(CLOSE)
         if self._outbox.items:
-            self._outbox.items.clear()
+            self._outbox.clear()
             self._unsent, self._pending = self._pending, 0
             self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._unsent, reason, event="dropped")
         if self._limits is not None:
@@ -1054,6 +1152,8 @@ class Stream(StreamState[Chunk]):
             self._limits = None  # it holds the stream
         if self._socket is not None:
             self._drop_socket(reset)
+        elif self._race is not None:
+            self._race.close()
         if self._waiters:
             wake_waiters(self)
         self._engine._roots.discard(self)
@@ -1096,8 +1196,11 @@ class Stream(StreamState[Chunk]):
             self._engine._dirty.append(self)
 
     def _abandon(self) -> None:
+        self._outbox.clear()
         if self._socket is not None:
             _sockets.abandon(self._socket)
+        elif self._race is not None:
+            self._race.abandon()
 
     def _after_fork(self) -> None:
         self._engine._forsaken.append(self._greenlet)

@@ -19,6 +19,8 @@ TREE = {
     "ReadDelimiterTypeError": (errors.InvalidReadDelimiterError, TypeError),
     "ReadDelimiterValueError": (errors.InvalidReadDelimiterError, ValueError),
     "StreamConnectError": (errors.PantsError, OSError),
+    "DatagramTooLong": (errors.PantsError, OSError, ValueError),
+    "ProxyHeaderError": (errors.PantsError, ValueError),
     "StreamBufferOverflow": (errors.PantsError,),
     "HandshakeTimeout": (errors.PantsError, TimeoutError),
     "ReadTimeout": (errors.PantsError, TimeoutError),

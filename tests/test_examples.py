@@ -1,6 +1,7 @@
 """Every file in examples/ is run as a user would run it, with a real peer."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 import pytest
 from certificates import authority, client_context, other_authority, server_context
 from children import PATIENCE, ROOT, Child, Peer, free_port, keyboard_interrupts, wait_until_listening
+from needs import multicast_works
 
 EXAMPLES = ROOT / "examples"
 
@@ -35,6 +37,34 @@ def printer(tmp_path):
             peer.send(b"any\x00thing")
             child.expect(r"^127\.0\.0\.1 sent b'any\\x00thing'$")
         child.expect(r"^127\.0\.0\.1 left: ")
+
+
+def file_server(tmp_path):
+    inside, outside = tmp_path / "served", tmp_path / "outside"
+    (inside / "folder").mkdir(parents=True)
+    outside.write_bytes(b"a secret")
+    content = bytes(range(256)) * 4000
+    files = {"a file.bin": content, "folder/ä": b"small", "empty": b""}
+    for name, data in files.items():
+        (inside / name).write_bytes(data)
+    (inside / "way out").symlink_to(outside)
+    os.mkfifo(inside / "pipe")
+    (inside / "way in").symlink_to(inside / "empty")
+    with logged("file_server.py", 0, inside) as child, Peer(port := child.port()) as peer:
+        for name in ("a file.bin", "folder/ä", "empty", "folder/../empty", "way in", f"{inside}/empty"):
+            data = files.get(name, b"")
+            answer = b"%d\n%s" % (len(data), data)
+            peer.send(f"{name}\r\n".encode())
+            assert peer.read(len(answer)) == answer
+        wrong = ["nothing", "folder", "", "..", "../outside", str(outside), "way out", "pipe", "/etc/passwd", "a\0b", "x" * 5000]
+        peer.send(b"".join(f"{name}\n".encode() for name in wrong) + b"\xff\na file.bin\nempty\n")
+        answers = b"error: no such file\n" * (len(wrong) + 1) + b"%d\n%s0\n" % (len(content), content)
+        assert peer.read(len(answers)) == answers
+        assert peer.rest() == b""
+        with Peer(port) as other:
+            other.send(b"a file.bin\n")
+            assert other.rest() == b"%d\n%s" % (len(content), content)
+        assert child.error_output() == ""
 
 
 def line_oriented(tmp_path):
@@ -387,6 +417,27 @@ def http_client(tmp_path):
         assert "without a TLS goodbye" in error_output
 
 
+def reconnecting(tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.settimeout(PATIENCE)
+        port = listener.getsockname()[1]
+        with logged("reconnecting.py", port) as child:
+            child.expect(rf"^cannot connect to localhost:{port}: .*refused")
+            child.expect(r"^the connection could not be made; once more in 0\.[0-2] seconds$")
+            listener.listen()
+            with far_end(listener) as peer:
+                child.expect(f"^connected to port {port}$")
+                peer.send("Grüße\nhalf a li".encode())
+                child.expect("^line: Grüße$")
+            child.expect(r"^the peer ended the connection; once more in 0\.[0-4] seconds$")
+            with far_end(listener) as peer:
+                peer.send(b"bye\nnever mind\n")
+                assert child.end() == 0
+            assert child.output.endswith("line: bye\n")
+            assert child.error_output() == ""
+
+
 def tutorial(name, tmp_path):
     """Return the port and the process of a copy of a tutorial, whose port is fixed, on a free one."""
     port = free_port()
@@ -437,15 +488,71 @@ def tutorial3(tmp_path):
             assert stays.rest() == b""
 
 
+def unix_echo(tmp_path):
+    path = str(tmp_path / "echo.sock")
+    with keyboard_interrupts(), Child(EXAMPLES / "unix_echo.py", path) as child:
+        assert child.expect(r"nc -U (\S+) ")[1] == path
+        peer = Peer.__new__(Peer)
+        peer.socket = socket.socket(socket.AF_UNIX)
+        with peer:
+            peer.socket.settimeout(PATIENCE)
+            peer.socket.connect(path)
+            child.expect(f"^process {os.getpid()} of user {os.geteuid()} has connected$")
+            peer.send(b"hello\n")
+            assert peer.read(6) == b"hello\n"
+            assert peer.rest() == b""
+        with Child(EXAMPLES / "unix_echo.py", path) as second:
+            assert second.end() == 1
+            (line,) = second.error_output().splitlines()
+            assert path in line
+            assert "somebody listens there" in line
+        child.process.send_signal(signal.SIGINT)
+        assert child.end() == 0
+        assert child.output.endswith("Bye.\n")
+        assert child.error_output() == ""
+    assert not os.path.exists(path)
+
+
+def udp_echo(tmp_path):
+    with logged("udp_echo.py", 0) as child, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.settimeout(PATIENCE)
+        port = child.port()
+        assert f"nc -u 127.0.0.1 {port}" in child.output
+        for data in (b"hello", b"", bytes(65507)):
+            peer.sendto(data, ("127.0.0.1", port))
+            assert peer.recvfrom(1 << 16) == (data, ("127.0.0.1", port))
+        assert child.error_output() == ""
+
+
+def multicast(tmp_path):
+    if not multicast_works(socket.AF_INET, "239.77.71.1", "lo"):
+        pytest.skip("this machine has no multicast on its loopback interface")
+    with keyboard_interrupts(), logged("multicast.py", 0, "Ann", "lo") as ann:
+        port = ann.port()
+        with logged("multicast.py", port, "Björn", "127.0.0.1") as other:
+            ann.expect(r"^Björn is here, at 127\.0\.0\.1$")
+            other.expect(r"^Ann is here, at 127\.0\.0\.1$")
+        ann.process.send_signal(signal.SIGINT)
+        assert ann.end() == 0
+        assert ann.output.splitlines() == [f"Ann listens on port {port}. Ctrl-C ends it.", "Björn is here, at 127.0.0.1", "", "Bye."]
+        assert ann.error_output() == ""
+    with Child(EXAMPLES / "multicast.py", 0, "Ann", "no such one") as child:
+        assert child.end() == 1
+        assert child.error_output().startswith("this machine has no interface 'no such one'")
+
+
 CHECKS = {
     "binary_protocol.py": binary_protocol,
     "blocking.py": blocking,
     "chat.py": chat,
     "echo.py": echo,
+    "file_server.py": file_server,
     "http_client.py": http_client,
     "line_oriented.py": line_oriented,
+    "multicast.py": multicast,
     "printer.py": printer,
     "proxy.py": proxy,
+    "reconnecting.py": reconnecting,
     "regex_split.py": regex_split,
     "slip.py": slip,
     "slow_consumer.py": slow_consumer,
@@ -455,6 +562,8 @@ CHECKS = {
     "tutorial1.py": tutorial1,
     "tutorial2.py": tutorial2,
     "tutorial3.py": tutorial3,
+    "udp_echo.py": udp_echo,
+    "unix_echo.py": unix_echo,
 }
 
 
@@ -487,8 +596,13 @@ def test_s3_26_tutorials_keep_the_lines_that_documents_include():
     assert [line for line in (first[5], third[12], third[20]) if line] == []
 
 
-WITHOUT_A_WORD = ("http_client.py", "proxy.py", "starttls.py", "timers.py", "tutorial1.py", "tutorial2.py", "tutorial3.py")
-WITH_A_WORD = [name for name in CHECKS if name not in WITHOUT_A_WORD]
+WITHOUT_A_WORD = (
+    *("http_client.py", "proxy.py", "reconnecting.py", "starttls.py", "timers.py"),
+    *("tutorial1.py", "tutorial2.py", "tutorial3.py"),
+)
+#: How their checks end them, for they want arguments.
+BY_THEMSELVES = ("multicast.py", "unix_echo.py")
+WITH_A_WORD = [name for name in CHECKS if name not in (*WITHOUT_A_WORD, *BY_THEMSELVES)]
 
 
 @pytest.mark.parametrize("name", WITH_A_WORD)
@@ -499,6 +613,16 @@ def test_example_ctrl_c_ends_it_with_a_word(name):
         assert child.end() == 0
         assert child.output.endswith("Bye.\n")
         assert "Traceback" not in child.error_output()
+
+
+def test_reconnecting_ctrl_c_ends_it_without_a_word():
+    with keyboard_interrupts(), socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with Child(EXAMPLES / "reconnecting.py", nobody.getsockname()[1]) as child:
+            child.expect("once more")
+            child.process.send_signal(signal.SIGINT)
+            assert child.end() == 0
+            assert child.error_output() == ""
 
 
 @pytest.mark.parametrize("name", ["proxy.py", "starttls.py"])

@@ -16,8 +16,10 @@ PACKAGE = pathlib.Path(pants_green.__file__).parent
 
 MODULES = ["pants_green", *(found.name for found in pkgutil.walk_packages(pants_green.__path__, "pants_green."))]
 
+UNIX = ["UnixClient", "UnixConnection", "UnixServer"]
+
 #: What the documents promise of the face, as far as it is built.
-FACE = ["Client", "Connection", "Engine", "Server", "Stream", "StreamServer", "engine"]
+FACE = ["Client", "Connection", "Datagram", "Engine", "ReconnectingClient", "Server", "Stream", "StreamServer", *UNIX, "engine"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -92,7 +94,7 @@ def test_package_says_that_it_is_typed():
 
 def test_library_logs_to_its_own_logger_and_sets_up_no_other():
     assert [type(handler) for handler in logging.getLogger("pants_green").handlers] == [logging.NullHandler]
-    for name in ("engine", "stream", "server"):
+    for name in ("datagram", "engine", "stream", "server"):
         assert logging.getLogger(f"pants_green.{name}").handlers == []
         assert logging.getLogger(f"pants_green.{name}").level == logging.NOTSET
 
@@ -146,7 +148,13 @@ def test_s3_5_tutorial_imports():
     assert Engine.instance() is Engine.instance()
 
 
-@pytest.mark.parametrize("path", ["stream.Stream", "server.StreamServer", "network.Client", "network.Connection", "network.Server"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("stream.Stream", "server.StreamServer", "network.Client", "network.Connection", "network.Server", "datagram.Datagram"),
+        *(f"unix.{name}" for name in UNIX),
+    ],
+)
 def test_s4_17_old_paths_lead_to_the_classes_of_today(path):
     module, name = path.split(".")
     assert getattr(importlib.import_module(f"pants_green.{module}"), name) is getattr(pants_green, name)
@@ -159,7 +167,14 @@ def test_s4_17_stream_server_is_at_its_old_path():
 
 
 @pytest.mark.parametrize(
-    ("name", "base"), [("Client", "Stream"), ("Connection", "Stream"), ("Server", "StreamServer"), ("Stream", None), ("StreamServer", None)]
+    ("name", "base"),
+    [
+        *(("Client", "Stream"), ("Connection", "Stream"), ("Server", "StreamServer"), ("Stream", None), ("StreamServer", None)),
+        ("Datagram", None),
+        ("ReconnectingClient", "Client"),
+        *(("UnixClient", "Client"), ("UnixConnection", "Connection"), ("UnixServer", "Server")),
+        *(("UnixClient", "Stream"), ("UnixConnection", "Stream"), ("UnixServer", "StreamServer")),
+    ],
 )
 def test_s4_18_high_level_classes_are_subclasses_of_the_low_level_ones(name, base):
     parent = getattr(pants_green, base) if base else Channel

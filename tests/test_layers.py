@@ -17,23 +17,28 @@ PACKAGE = pathlib.Path(pants_green.__file__).parent
 #: floors only, so there are no circles. A new module needs a place here.
 FLOORS = [
     {"errors": ""},
-    # Pure: no socket, clock, greenlet or logger. _address takes constants from socket, and paths by os.
+    # Pure: no socket, clock, greenlet or logger. _address and proxy_protocol take constants from socket, and paths by os.
     {"framing": "", "_outbox": "", "_lifecycle": "", "_timers": "", "_settings": "", "_address": "os socket"},
-    {"_inbox": "", "_delimiters": ""},
+    {"_inbox": "", "_delimiters": "", "proxy_protocol": "os socket"},
+    {"_cutting": ""},
+    {"_socket_file": "fcntl gevent os socket"},
     # Each outside thing has one door.
     {"_sockets": "gevent os socket", "_tls": "ssl", "_tls_options": "os ssl"},
-    {"_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
+    {"_packets": "gevent os socket"},
+    {"_adopting": "socket", "_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"engine": "contextvars gevent greenlet logging os threading time"},
     {"channel": "greenlet logging", "_linger": "", "_limits": "", "_greeting": "greenlet"},
-    {"_certificates": "logging time"},
+    {"_certificates": "logging time", "_files": "io logging os tempfile"},
     {"_callbacks": "logging", "_server_tls": "logging"},
-    {"_stream_state": "logging", "_dialling": "os", "_room": "gevent greenlet logging"},
+    {"_datagram_state": "logging", "_stream_state": "logging", "_dialling": "os socket", "_room": "gevent greenlet logging"},
     {"_straight": "greenlet", "_stream_tls": ""},
-    {"stream": "contextvars greenlet logging socket"},
-    {"server": "contextvars greenlet logging socket", "client": ""},
-    {"network": ""},
+    {"datagram": "contextvars greenlet logging socket", "stream": "contextvars greenlet logging socket"},
+    {"server": "contextvars greenlet logging socket", "client": "contextvars greenlet logging random"},
+    {"network": "", "unix": "grp os pwd"},
     {"": "logging"},  # the face
     # The upper floor, which the face never imports.
+    {"_question": "gevent logging"},
+    {"dns": "contextvars dns greenlet logging"},
     {"testing._fragments": "", "testing._leaks": "gevent greenlet os time", "testing._memory": "gevent os socket"},
     {"testing": "", "testing.pytest_plugin": "pytest", "testing.strategies": "hypothesis"},
 ]
@@ -44,7 +49,10 @@ HARMLESS = {
     *("codecs", "copy", "operator", "re", "stat", "string", "struct", "sys", "types", "typing", "weakref"),
 }
 
-PURE = {"errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "testing._fragments"}
+PURE = {
+    *("errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "proxy_protocol"),
+    "testing._fragments",
+}
 
 #: What may be imported inside a function, for not everybody has it.
 OPTIONAL = {"dns", "gunicorn", "hypothesis", "prometheus_client", "pytest", "redis", "wsproto"}
@@ -174,10 +182,11 @@ def test_pure_module_touches_no_file_or_terminal(name):
     assert not called & {"open", "print", "input", "exec", "eval", "__import__"}
 
 
-def test_address_takes_only_constants_from_socket_and_only_paths_from_os():
+@pytest.mark.parametrize("name", ["_address", "proxy_protocol"])
+def test_only_constants_are_taken_from_socket_and_only_paths_from_os(name):
     used = {
         (node.value.id, node.attr)
-        for node in ast.walk(tree_of("_address"))
+        for node in ast.walk(tree_of(name))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("socket", "os")
     }
     assert {attribute[:3] for module, attribute in used if module == "socket"} == {"AF_"}

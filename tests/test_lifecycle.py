@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pants_green import Engine, Server, Stream, _lifecycle
-from pants_green._lifecycle import SERVER_MOVES, STREAM_MOVES, CloseReason, Event, State
+from pants_green import Datagram, Engine, Server, Stream, _lifecycle
+from pants_green._lifecycle import DATAGRAM_MOVES, SERVER_MOVES, STREAM_MOVES, CloseReason, Event, State
 from pants_green.errors import ChannelStateError
 
 #: Where each event leads from each state; "." where it makes no sense.
@@ -37,6 +37,19 @@ DRAINING    .           .          .          .              .            .     
 CLOSED      .           .          .          .              .            .                      .    .
 """
 
+DATAGRAM_TABLE = """
+            CONNECT     ESTABLISH  LISTEN     FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       CLOSE
+NEW         .           .          LISTENING  .              .            .                      DRAINING  CLOSED
+LISTENING   .           .          .          .              .            .                      DRAINING  CLOSED
+DRAINING    .           .          .          .              .            .                      .         CLOSED
+CONNECTING  .           .          .          .              .            .                      .         .
+OPEN        .           .          .          .              .            .                      .         .
+READ_ONLY   .           .          .          .              .            .                      .         .
+WRITE_ONLY  .           .          .          .              .            .                      .         .
+ENDING      .           .          .          .              .            .                      .         .
+CLOSED      .           .          .          .              .            .                      .         .
+"""
+
 
 def read_table(text):
     """Return {(state, event): state or None} for every pair."""
@@ -52,6 +65,7 @@ PAIRS = list(itertools.product(State, Event))
 KINDS = {
     "stream": (Stream, STREAM_MOVES, read_table(STREAM_TABLE)),
     "server": (Server, SERVER_MOVES, read_table(SERVER_TABLE)),
+    "datagram": (Datagram, DATAGRAM_MOVES, read_table(DATAGRAM_TABLE)),
 }
 
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -116,8 +130,7 @@ def test_comments_exits_agree_with_the_table():
         said[name] = set(exits.split(", ")) if arrow else set()
     assert set(said) == {state.name for state in State}
     for state in State:
-        moves = {**STREAM_MOVES, **SERVER_MOVES, **{("s", *key): after for key, after in SERVER_MOVES.items()}}
-        exits = {after.name for key, after in moves.items() if key[-2] is state}
+        exits = {after.name for _, moves, _ in KINDS.values() for (before, _), after in moves.items() if before is state}
         assert said[state.name] == exits, state.name
 
 

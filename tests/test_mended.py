@@ -17,7 +17,6 @@ import gevent.socket
 import pytest
 from children import Child, free_port
 from children import Peer as BlockingPeer
-from gevent import ssl as gevent_ssl
 from gevent.event import Event
 from peers import PlainSocket, family_of, in_thread
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
@@ -475,15 +474,6 @@ def test_high_water_below_low_water_pauses_reading(recorder):
 def test_server_of_the_wrong_kind_is_a_type_error():
     with pytest.raises(TypeError, match="server="):
         Stream(server=object())
-
-
-def test_socket_with_tls_is_a_type_error():
-    ours, theirs = gevent.socket.socketpair()
-    context = gevent_ssl.SSLContext(gevent_ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    with theirs, context.wrap_socket(ours, do_handshake_on_connect=False) as secured:
-        with pytest.raises(TypeError, match="TLS"):
-            Stream(socket=secured)
 
 
 def test_connection_class_with_an_equality_of_its_own_works(server_of, peer, recorder):

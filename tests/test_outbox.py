@@ -1,11 +1,11 @@
-"""The outbox against a naive one: what is pending is one string of bytes."""
+"""The outbox against a naive one: what is pending is one string of bytes, some of which are in files."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pants_green import _outbox
-from pants_green._outbox import JOIN_LIMIT
+from pants_green._outbox import JOIN_LIMIT, FileItem
 
 
 class Outbox(_outbox.Outbox):
@@ -19,18 +19,53 @@ class Outbox(_outbox.Outbox):
 
     def put(self, data):
         self.items.append(data)
+        self.files += isinstance(data, FileItem)
 
     def head(self):
         return super().head(self.size)
 
+    def sent(self, count):
+        """As the stream: a file of which all is gone, or cut off, is closed."""
+        head = self.items[0] if self.items else None
+        if isinstance(head, FileItem) and count == len(head):
+            head.close()
+            self.files -= 1
+        super().sent(count)
+
     def clear(self):
         size = self.size
-        self.items.clear()
+        super().clear()
         return size
 
 
+class File:
+    """Stands for an open file."""
+
+    closed = 0
+
+    def __init__(self, content):
+        self.content = content
+
+    def fileno(self):
+        return 3
+
+    def close(self):
+        self.closed += 1
+
+
+def part(content, offset=0, size=None):
+    """Return an item that is a part of a file with this content."""
+    return FileItem(File(content), offset, len(content) - offset if size is None else size)
+
+
+def bytes_of(item):
+    if isinstance(item, FileItem):
+        return item._file.content[item.offset :][: item.size]
+    return bytes(item)
+
+
 def contents(outbox):
-    return b"".join(bytes(item) for item in outbox.items)
+    return b"".join(bytes_of(item) for item in outbox.items)
 
 
 def filled(*pieces):
@@ -191,9 +226,87 @@ def test_empty_pieces_in_front_of_a_large_one_are_no_head(pieces):
     assert len(outbox.head()) > 0
 
 
+# ---- parts of files
+
+
+def test_file_item_knows_its_place_its_bytes_and_its_descriptor():
+    item = part(b"0123456789", 2, 5)
+    assert (len(item), item.offset, item.size, item.fileno()) == (5, 2, 5, 3)
+    item.advance(3)
+    assert (len(item), item.offset, bytes_of(item)) == (2, 5, b"56")
+
+
+def test_file_alone_is_the_head_itself():
+    item = part(b"content")
+    outbox = filled(item)
+    assert outbox.head() is item
+
+
+def test_file_is_never_joined_with_what_is_around_it():
+    item = part(b"content")
+    outbox = filled(b"a", b"b", item, b"c", b"d")
+    assert outbox.head() == b"ab"
+    outbox.sent(2)
+    assert outbox.head() is item
+    outbox.sent(7)
+    assert outbox.head() == b"cd"
+    assert outbox.files == 0
+
+
+def test_file_behind_one_piece_leaves_that_as_it_is():
+    small = b"a"
+    outbox = filled(small, part(b"content"))
+    assert outbox.head() is small
+
+
+def test_files_one_after_the_other_are_heads_one_by_one():
+    items = [part(b"first"), part(b"second")]
+    outbox = filled(*items)
+    for item in items:
+        assert outbox.head() is item
+        outbox.sent(len(item))
+    assert (outbox.items, outbox.files) == ([], 0)
+
+
+def test_file_larger_than_the_limit_does_not_keep_what_is_before_it_from_being_joined():
+    item = FileItem(File(b""), 0, 1 << 40)
+    outbox = filled(b"a", b"b", item)
+    assert outbox.head() == b"ab"
+    outbox.sent(2)
+    assert outbox.head() is item
+
+
+def test_file_sent_in_part_goes_on_from_there():
+    item = part(b"0123456789")
+    outbox = filled(item, b"rest")
+    outbox.sent(4)
+    assert outbox.head() is item
+    assert (item.offset, contents(outbox), outbox.size) == (4, b"456789rest", 10)
+
+
+def test_file_cut_off_to_nothing_is_no_head():
+    item = part(b"content")
+    outbox = filled(item, b"rest")
+    item.size = 0
+    outbox.sent(0)
+    assert outbox.head() == b"rest"
+    assert (outbox.items, outbox.files) == ([b"rest"], 0)
+
+
+def test_clear_closes_the_files():
+    items = [part(b"first"), part(b"second")]
+    outbox = filled(b"a", items[0], b"b", items[1])
+    outbox.sent(1)
+    assert outbox.clear() == 12
+    assert [item._file.closed for item in items] == [1, 1]
+    assert (outbox.items, outbox.files, outbox.clear()) == ([], 0, 0)
+
+
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.binary(max_size=40)),
+        st.tuples(st.just("put a file"), st.binary(min_size=1, max_size=40)),
+        st.tuples(st.just("cut a file off"), st.integers(0, 40)),
         st.tuples(st.just("send"), st.integers(0, 100)),
         st.tuples(st.just("head"), st.none()),
         st.tuples(st.just("clear"), st.none()),
@@ -209,8 +322,21 @@ def test_outbox_any_history_holds_what_a_naive_one_holds(steps, limit):
         outbox = Outbox()
         pending = b""
         longest = 0
+        files = []
         for step, argument in steps:
-            if step == "put":
+            if step == "put a file":
+                outbox.put(part(b"before" + argument, 6))
+                files.append(outbox.items[-1]._file)
+                pending += argument
+                longest = max(longest, len(argument))
+            elif step == "cut a file off":
+                # Who sends it finds out, so it is the head; it sends what is left.
+                head = outbox.head()
+                if isinstance(head, FileItem):
+                    pending = pending[len(head) :]
+                    head.size = min(argument, len(head))
+                    outbox.sent(head.size)
+            elif step == "put":
                 outbox.put(argument)
                 pending += argument
                 longest = max(longest, len(argument))
@@ -220,7 +346,7 @@ def test_outbox_any_history_holds_what_a_naive_one_holds(steps, limit):
                 outbox.sent(count)
                 pending = pending[count:]
             elif step == "head":
-                head = bytes(outbox.head())
+                head = bytes_of(outbox.head())
                 assert pending.startswith(head)
                 assert len(head) <= max(limit, longest)
             else:
@@ -228,3 +354,4 @@ def test_outbox_any_history_holds_what_a_naive_one_holds(steps, limit):
                 pending = b""
             assert contents(outbox) == pending
             assert outbox.size == len(pending)
+            assert outbox.files == sum(not file.closed for file in files)

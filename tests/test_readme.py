@@ -97,6 +97,42 @@ def client(tmp_path):
         assert "cannot connect to localhost" in child.output
 
 
+def reconnecting(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        with program("reconnecting", tmp_path, listener.getsockname()[1]) as child:
+            for last in (b"first\r\n", b"second\r\nbye\r\n"):
+                peer, _ = listener.accept()
+                with peer:
+                    peer.settimeout(PATIENCE)
+                    assert peer.recv(100) == b"subscribe\r\n"
+                    peer.sendall(last)
+            assert child.end() == 0
+            assert child.output.splitlines() == ["first", "dialling again soon", "second", "bye"]
+
+
+def packets(tmp_path):
+    port = free_port()
+    with program("packets", tmp_path, port) as child, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.settimeout(0.05)
+        peer.connect(("127.0.0.1", port))
+        answer = b""
+        while not answer:
+            assert child.process.poll() is None, child.error_output()
+            try:
+                peer.send(b"hello")
+                answer = peer.recv(100)
+            except (ConnectionRefusedError, TimeoutError):
+                continue  # it does not listen yet
+        assert answer == b"hello"
+
+
+def files(tmp_path):
+    child, port = serving("files", tmp_path)
+    with child, Peer(port) as peer:
+        assert peer.rest() == (tmp_path / "files.py").read_bytes()
+
+
 def lengths(tmp_path):
     child, port = serving("lengths", tmp_path)
     with child:
@@ -280,13 +316,16 @@ CHECKS = {
     "client": client,
     "drain": drain,
     "echo": echo,
+    "files": files,
     "framer": framer,
     "lengths": lengths,
     "never-start": never_start,
     "overflow": overflow,
     "packed": packed,
+    "packets": packets,
     "pause": pause,
     "read": read,
+    "reconnecting": reconnecting,
     "starttls": starttls,
     "testing-conftest": testing,
     "testing-test": testing,

@@ -250,7 +250,7 @@ DEFAULTS = [None, {}, {"server_hostname": "localhost"}, {"check_hostname": False
 
 @both_versions
 @pytest.mark.parametrize("options", DEFAULTS)
-def test_certificate_of_an_unknown_authority_is_refused_by_default(listener, client_of, recorder, options, version):
+def test_e1_17_certificate_of_an_unknown_authority_is_refused_by_default(listener, client_of, recorder, options, version):
     client = recorder.of(Client, *NAMES)().startSSL(options).connect(listener.address)
     secure_in_vain(listener, version)
     is_refused(recorder)
@@ -926,7 +926,7 @@ def test_close_with_output_that_cannot_be_sent_says_no_goodbye(slow_listener, cl
 
 
 @both_versions
-def test_close_sends_what_is_written_and_says_goodbye(listener, client_of, recorder, version):
+def test_e1_24_close_sends_what_is_written_and_says_goodbye(listener, client_of, recorder, version):
     def on_connect(self):
         self.write(b"bye")
         self.close()

@@ -2075,6 +2075,25 @@ def test_ipv6_server_speaks_tls(secure, tls_peer):
     assert answers(tls_peer(secure(None, Echo, ("::1", 0))))
 
 
+@needs_ipv6
+@pytest.mark.parametrize("when", ["before listen", "after listen"])
+def test_e1_6_every_interface_speaks_tls_in_both_families_and_nothing_else(open_server, peer, tls_peer, recorder, when):
+    server = open_server(Server(recorder.of(Echo, "on_read")))
+    if when == "before listen":
+        server.startSSL(local_options())
+    server.listen(0)
+    if when == "after listen":
+        server.startSSL(local_options())
+    port = server.local_address[1]
+    for host in ("127.0.0.1", "::1"):
+        assert answers(tls_peer((host, port)))
+        heard = len(recorder)
+        plain = peer((host, port))
+        plain.send(b"in clear\n")
+        assert b"in clear" not in plain.recv_all()
+        assert len(recorder) == heard
+
+
 def test_two_servers_with_the_same_context(secure, tls_peer):
     context = server_context()
     for server in (secure(context, Echo), secure(context, Echo)):
