@@ -9,10 +9,12 @@ from pants_green.client import Client, ReconnectingClient
 from pants_green.datagram import Datagram
 from pants_green.engine import Engine
 from pants_green.errors import (
+    CallbackTimeout,
     ChannelClosed,
     ChannelStateError,
     DatagramTooLong,
     HandshakeTimeout,
+    IdleTimeout,
     InvalidAddressFormatError,
     InvalidReadDelimiterError,
     PantsError,
@@ -28,6 +30,7 @@ from pants_green.stream import Stream
 from pants_green.unix import UnixClient, UnixConnection, UnixServer
 
 __all__ = [
+    "CallbackTimeout",
     "ChannelClosed",
     "ChannelStateError",
     "Client",
@@ -37,6 +40,7 @@ __all__ = [
     "DatagramTooLong",
     "Engine",
     "HandshakeTimeout",
+    "IdleTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",

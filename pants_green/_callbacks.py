@@ -144,6 +144,25 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         self._log(logging.WARNING, "%s", exception, event="overflow")
         self._shut(CloseReason.OVERFLOW, exception)
 
+    def on_stopping(self, deadline: float) -> None:
+        """The connection is asked to come to its end; by default ``end()``: what was written is sent, nothing more is read.
+
+        An override may finish what it is about, and say goodbye; `stopping` is true from now on.
+
+        *When*: when the server stops (``Server.stop()``, or a signal with ``engine.start(graceful_timeout=...)``), or the connection
+        has reached ``max_connection_age``; once.
+        *Runs in*: the stream's own greenlet, after the callback that is running.
+        *Socket*: open.
+
+        Args:
+            deadline: when it is aborted, by ``time.monotonic()``.
+        """
+        self._end(CloseReason.ENDED_HERE)
+
+    def _end(self, reason: CloseReason) -> None:
+        """Close as soon as everything is sent, for `reason`."""
+        raise NotImplementedError
+
     def handle_connect(self) -> None:
         """The oldest name of ``on_connect``."""
 

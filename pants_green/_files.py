@@ -223,6 +223,8 @@ class FileSender:
     def _gone(self, item: FileItem, sent: int) -> None:
         stream = self._stream
         stream._in_files -= sent
+        if stream._meter is not None:
+            stream._meter.active = stream._engine._clock()
         if sent == len(item):
             item.close()
             outbox = stream._outbox

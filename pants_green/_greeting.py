@@ -1,9 +1,11 @@
-"""What an accepted connection has to get through before anybody hears of it: the TLS handshake.
+"""What an accepted connection has to get through before anybody hears of it: a PROXY header, the TLS handshake.
 
 Runs in the connection's own greenlet. It ends in time: when it is done, when the peer is in the way, when the limit is up, or when
 the server closes.
 """
 
+import errno
+from collections.abc import Callable
 from typing import Any
 
 from greenlet import getcurrent
@@ -11,52 +13,90 @@ from greenlet import getcurrent
 from pants_green import _sockets
 from pants_green._tls import Filter
 from pants_green.engine import Engine
-from pants_green.errors import HandshakeTimeout
+from pants_green.errors import HandshakeTimeout, ProxyHeaderError
 
 __all__ = ["Greeting"]
 
 
 class Greeting:
-    """The handshake of one accepted connection.
+    """The beginning of one accepted connection.
 
     Args:
         engine: the server's.
         socket: the accepted socket.
-        tls: the filter over it.
     """
 
-    __slots__ = ("_engine", "_failure", "_greenlet", "_limit", "_socket", "_tls", "_waiting", "_wakeup")
+    __slots__ = ("_engine", "_failure", "_greenlet", "_limit", "_ports", "_socket", "_waiting", "_wakeup")
 
-    def __init__(self, engine: Engine, socket: Any, tls: Filter) -> None:
+    def __init__(self, engine: Engine, socket: Any) -> None:
         self._engine = engine
         self._socket = socket
-        self._tls = tls
+        self._ports = _sockets.ports_of(socket)
         self._greenlet: Any = getcurrent()
         self._failure: BaseException | None = None
         self._limit: Any = None
         self._waiting: Any = None
         self._wakeup: Any = None
 
-    def shake_hands(self, seconds: float | None) -> None:
-        """Wait until the handshake is done.
+    def read_header(self, parse: Callable[[bytes], Any], seconds: float | None) -> Any:
+        """Wait until a header has come, and take it off the socket, without a byte of what is behind it.
 
         Args:
+            parse: returns the header and where it ends, or how many bytes more it needs at least.
+            seconds: how long that may take; None: no limit.
+
+        Raises:
+            OSError, ValueError: it has not come, or is none; ConnectionAbortedError if the peer has sent nothing at all and left.
+        """
+        recv, _, reader, _ = self._ports
+        data = b""
+        self._begin(seconds, lambda: HandshakeTimeout(f"no PROXY header came within proxy_timeout, {seconds:g} seconds"))
+        try:
+            while isinstance(found := parse(data), int):
+                try:
+                    more = recv(found)
+                except BlockingIOError:
+                    self._wait(reader)
+                    if self._failure is not None:
+                        raise self._failure from None
+                    continue
+                if not more:
+                    raise _ended_in_header(data)
+                data += more
+            return found[0]
+        finally:
+            self._end()
+
+    def shake_hands(self, tls: Filter, seconds: float | None) -> None:
+        """Wait until the TLS handshake is done.
+
+        Args:
+            tls: the filter over the socket.
             seconds: how long that may take; None: no limit.
 
         Raises:
             OSError: it has failed: an ssl.SSLError, HandshakeTimeout, what the socket said, or what `cut` was given.
         """
-        if seconds is not None:
-            self._limit = self._engine._in_hub_after(seconds, self.cut, HandshakeTimeout._after(seconds))
+        self._begin(seconds, lambda: HandshakeTimeout._after(seconds or 0.0))
         try:
             # An SNI callback of the user's may have waited, too, in which nobody wakes this greenlet: so look before each wait.
-            while (watcher := self._tls.shake_hands()) is not None and self._failure is None:
+            while (watcher := tls.shake_hands()) is not None and self._failure is None:
                 self._wait(watcher)
             if self._failure is not None:
                 raise self._failure
         finally:
-            self._cancel_limit()
-            self._failure = None  # its traceback holds this frame
+            self._end()
+
+    def _begin(self, seconds: float | None, failure: Callable[[], BaseException]) -> None:
+        if seconds is not None:
+            self._limit = self._engine._in_hub_after(seconds, self._overdue, failure)
+
+    def _overdue(self, failure: Callable[[], BaseException]) -> None:
+        self.cut(failure())
+
+    def _end(self) -> None:
+        self._cancel_limit()
+        self._failure = None  # its traceback holds the frame that raised it
 
     def _wait(self, watcher: Any) -> None:
         self._waiting = watcher
@@ -76,7 +116,7 @@ class Greeting:
             self._limit = None
 
     def cut(self, failure: BaseException) -> None:
-        """Have ``shake_hands`` raise `failure`."""
+        """Have what is waited for fail."""
         self._failure = failure
         if self._waiting is not None and self._wakeup is None:
             self._wakeup = self._engine._loop.run_callback(self._greenlet.switch)
@@ -91,5 +131,12 @@ class Greeting:
         if self._wakeup is not None:
             self._wakeup.stop()
             self._wakeup = None
-        _, _, reader, writer = self._tls.raw
+        _, _, reader, writer = self._ports
         _sockets.close(self._socket, reader, writer)
+
+
+def _ended_in_header(data: bytes) -> Exception:
+    if not data:
+        # What load balancers and monitors do to see whether somebody listens.
+        return ConnectionAbortedError(errno.ECONNABORTED, "the peer ended the connection before the PROXY header")
+    return ProxyHeaderError(f"the connection ended in the PROXY header, after {len(data)} bytes: {data!r:.100}", len(data))

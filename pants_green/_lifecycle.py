@@ -25,6 +25,8 @@ __all__ = [
     "OPEN",
     "READ_ONLY",
     "SERVER_MOVES",
+    "STOP",
+    "STOPPING",
     "STREAM_MOVES",
     "WRITE_ONLY",
     "CloseReason",
@@ -48,7 +50,8 @@ class State(Enum):
     WRITE_ONLY = "write-only"  # half-open: the peer sent its FIN -> DRAINING, CLOSED
     ENDING = "ending"  # the peer sent its FIN and on_end runs -> DRAINING, CLOSED
     DRAINING = "draining"  # what is owed is being sent, nothing is added -> CLOSED
-    LISTENING = "listening"  # a server that accepts, a datagram channel that receives -> DRAINING, CLOSED
+    LISTENING = "listening"  # a server that accepts, a datagram channel that receives -> DRAINING, STOPPING, CLOSED
+    STOPPING = "stopping"  # a server that accepts no more and waits for its connections -> CLOSED
     CLOSED = "closed"  # the end; nothing leaves it
 
     def __init__(self, label: str) -> None:
@@ -68,6 +71,7 @@ WRITE_ONLY = State.WRITE_ONLY
 ENDING = State.ENDING
 DRAINING = State.DRAINING
 LISTENING = State.LISTENING
+STOPPING = State.STOPPING
 CLOSED = State.CLOSED
 
 
@@ -81,6 +85,7 @@ class Event(Enum):
     INPUT_ENDED = "the end of the peer's input"
     INPUT_ENDED_HALF_OPEN = "the end of the peer's input, output going on"
     END = "end"
+    STOP = "stop"
     CLOSE = "close"
 
     __hash__ = object.__hash__
@@ -93,6 +98,7 @@ FINISH_OUTPUT = Event.FINISH_OUTPUT
 INPUT_ENDED = Event.INPUT_ENDED
 INPUT_ENDED_HALF_OPEN = Event.INPUT_ENDED_HALF_OPEN
 END = Event.END
+STOP = Event.STOP
 CLOSE = Event.CLOSE
 
 
@@ -110,6 +116,7 @@ class CloseReason(StrEnum):
     BAD_INPUT = "the input made no sense"
     TIMED_OUT = "a time limit was hit"
     TLS_FAILED = "TLS failed"
+    STOPPED = "the server has stopped"
     CALLBACK_ERROR = "a callback raised an exception"
     FORKED = "the connection belongs to the parent process"
 
@@ -142,7 +149,9 @@ STREAM_MOVES: dict[tuple[State, Event], State] = {
 SERVER_MOVES: dict[tuple[State, Event], State] = {
     (NEW, LISTEN): LISTENING,
     (NEW, CLOSE): CLOSED,
+    (LISTENING, STOP): STOPPING,
     (LISTENING, CLOSE): CLOSED,
+    (STOPPING, CLOSE): CLOSED,
 }
 
 DATAGRAM_MOVES: dict[tuple[State, Event], State] = {

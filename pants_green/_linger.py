@@ -6,6 +6,7 @@ has not read yet. So what comes is read and thrown away until the peer is done, 
 *Source*: RFC 9112 section 9.6; nginx' ``lingering_close``, whose limits these are.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,32 +18,36 @@ __all__ = ["Linger"]
 #: Seconds without a byte from the peer after which it is let go.
 IDLE_LIMIT = 5.0
 
-#: Seconds after which it is let go in any case.
-TOTAL_LIMIT = 30.0
-
 #: Bytes that are thrown away at once before others get their turn.
 GULP = 256 * 1024
 
 
 class Linger:
-    """Reads and discards what a peer still sends, then closes the socket."""
+    """Reads and discards what a peer still sends, then closes the socket.
+
+    Args:
+        engine: the stream's. socket, recv, reader, writer: what it has let go.
+        limit: seconds after which the peer is let go in any case; None: never.
+    """
 
     __slots__ = ("_deadline", "_engine", "_heard", "_reader", "_recv", "_socket", "_timer", "_writer")
 
-    def __init__(self, engine: Engine, socket: Any, recv: Callable[[int], bytes], reader: Any, writer: Any) -> None:
+    def __init__(
+        self, engine: Engine, socket: Any, recv: Callable[[int], bytes], reader: Any, writer: Any, limit: float | None = 30.0
+    ) -> None:
         self._engine = engine
         self._socket = socket
         self._recv = recv
         self._reader = reader
         self._writer = writer
         self._heard = engine._clock()
-        self._deadline = self._heard + TOTAL_LIMIT
+        self._deadline = math.inf if limit is None else self._heard + limit
         self._timer: Any = None
 
     def start(self) -> None:
         """Begin, once the stream has let the socket go."""
         self._engine._lingering.add(self)
-        self._timer = self._engine._in_hub_after(IDLE_LIMIT, self._check)
+        self._timer = self._engine._in_hub_after(min(IDLE_LIMIT, self._deadline - self._heard), self._check)
         self._reader.start(self._discard)
 
     def _discard(self) -> None:

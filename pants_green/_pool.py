@@ -27,15 +27,17 @@ class Worker(greenlet):
         offered: the accepted socket, and its addresses, that a Stream made in this greenlet may take over.
         claimed: the Stream that did.
         tls: the TLS filter between the two, if there is one.
+        header: what a proxy has said of the connection, if it has.
     """
 
-    __slots__ = ("claimed", "offered", "tls")
+    __slots__ = ("claimed", "header", "offered", "tls")
 
     def __init__(self, run: Callable[[Any], None], hub: Any) -> None:
         super().__init__(run, hub)
         self.offered: Any = None
         self.claimed: Any = None
         self.tls: Any = None
+        self.header: Any = None
 
 
 class Pool:

@@ -142,13 +142,12 @@ class ServerTLS(Channel):
         assert options is not None
         sock, remote, local, key = accepted
         soon = self._engine._loop.run_callback
-        greeting = None
+        greeting = Greeting(self._engine, sock)
+        self._greetings.add(greeting)
         try:
             ragged = options.suppress_ragged_eofs
             tls = Filter(options.context, _sockets.ports_of(sock), soon, server_side=True, ragged_ends=ragged)
-            greeting = Greeting(self._engine, sock, tls)
-            self._greetings.add(greeting)
-            greeting.shake_hands(getattr(options, "handshake_timeout", self._handshake_timeout))
+            greeting.shake_hands(tls, getattr(options, "handshake_timeout", self._handshake_timeout))
         except Exception as error:
             self._not_greeted(sock, remote, error.with_traceback(None))
             return None
@@ -156,8 +155,7 @@ class ServerTLS(Channel):
             sock.close()
             raise
         finally:
-            if greeting is not None:
-                self._greetings.discard(greeting)
+            self._greetings.discard(greeting)
         worker.tls = tls
         if self._accept_is_overridden():
             sock = TLSSocket._over(sock, tls, soon)
@@ -190,7 +188,7 @@ class ServerTLS(Channel):
     def _end_greetings(self) -> None:
         """The server is closed: nobody waits for those that are not through with the handshake."""
         for greeting in self._greetings:
-            greeting.cut(ConnectionAbortedError(errno.ECONNABORTED, "the server was closed during the TLS handshake"))
+            greeting.cut(ConnectionAbortedError(errno.ECONNABORTED, "the server was closed before the connection had begun"))
         if self._watch is not None:
             self._watch.cancel()
 

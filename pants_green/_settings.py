@@ -5,7 +5,7 @@ from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["Setting", "SettingsType", "byte_count", "one_of", "seconds", "truth"]
+__all__ = ["Setting", "SettingsType", "byte_count", "one_of", "per_second", "positive_count", "seconds", "truth"]
 
 T = TypeVar("T")
 
@@ -141,6 +141,28 @@ def seconds(name: str, value: Any) -> float | None:
     except OverflowError:
         pass  # an int that no float can hold
     raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r:.100}")
+
+
+def positive_count(name: str, value: Any) -> int | None:
+    """Check a number of things of 1 or more, or None for no limit; for a `Setting`."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is a number, or None for no limit, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, or None for no limit, not {value}")
+    return value
+
+
+def per_second(name: str, value: Any) -> float | None:
+    """Check a rate, a number per second, or None for no limit; for a `Setting`."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number per second, or None for no limit, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is a finite number per second and more than 0, or None for no limit, not {value!r:.100}")
+    return value
 
 
 def truth(name: str, value: Any) -> bool:

@@ -14,11 +14,14 @@ from pants_green._delimiters import Incremental, check_encoding
 from pants_green._inbox import Inbox
 from pants_green._lifecycle import CONNECTING, STREAM_MOVES, Event
 from pants_green._limits import Limits
+from pants_green._meter import Meter
 from pants_green._outbox import Outbox
-from pants_green._settings import Setting, byte_count, one_of, seconds, truth
+from pants_green._settings import Setting, byte_count, one_of, per_second, seconds, truth
 from pants_green._tls import Filter
 from pants_green._tls_options import TLSOptions
 from pants_green.channel import Channel
+from pants_green.framing import Framer
+from pants_green.proxy_protocol import ProxyHeader
 
 if TYPE_CHECKING:
     from pants_green.server import Server
@@ -58,6 +61,34 @@ class TimeLimit(Setting[float | None]):
     def __set__(self, instance: Any, value: Any) -> None:
         super().__set__(instance, value)
         instance._limit_changed(self.name.removesuffix("_timeout"))
+
+
+class Measured(Setting[float | None]):
+    """A limit for which somebody has to look at what comes and goes."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._measure()
+
+
+class CountedSetting(Setting[float | None]):
+    """A limit for which somebody has to look at every callback."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._count()
+
+
+class Whole(Framer[bytes]):
+    """Chunks as they come, one by one: what no delimiter makes of the input, for those who count."""
+
+    __slots__ = ()
+
+    def find(self, data: bytes | bytearray, start: int, searched: int) -> tuple[bytes, int]:
+        return bytes(memoryview(data)[start:]), len(data)
+
+
+WHOLE = Whole()
 
 
 class StreamState(StreamCallbacks[Chunk]):
@@ -166,6 +197,23 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Seconds that ``connect()`` may take, from the call on: looking the name up, and all attempts; None: no limit.
     connect_timeout: Setting[float | None] = TimeLimit(30.0, seconds)
 
+    #: Seconds without a byte in either direction, and without a callback at work; None: no limit. See ``on_timeout``.
+    idle_timeout: Setting[float | None] = Measured(None, seconds)
+
+    #: Bytes that are received per second, and as many at once; None: no limit. Nothing is lost: the peer is held up.
+    read_rate: Setting[float | None] = Measured(None, per_second)
+
+    #: Chunks that ``on_read`` gets per second, and as many at once; None: no limit. Nothing is lost: the peer is held up.
+    chunk_rate: Setting[float | None] = CountedSetting(None, per_second)
+
+    #: Seconds that a callback may take, but for ``on_close``; None: no limit. After that CallbackTimeout is raised in it, where it
+    #: waits; a callback that calculates, or waits in ``read()``, ``drain()`` or ``write()``, is not interrupted.
+    callback_timeout: Setting[float | None] = CountedSetting(None, seconds)
+
+    #: Seconds for which the descriptor is kept at most after ``end()``, for a peer that is still sending; after 5 without a byte it
+    #: is closed in any case.
+    linger_timeout: Setting[float | None] = Setting(30.0, seconds)
+
     #: Seconds that a TLS handshake may take; None: no limit. For that with which a server's connection begins see the server's own.
     handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
 
@@ -183,6 +231,16 @@ class StreamState(StreamCallbacks[Chunk]):
     _write_timeout: float | None
     _connect_timeout: float | None
     _handshake_timeout: float | None
+    _idle_timeout: float | None
+    _read_rate: float | None
+    _chunk_rate: float | None
+    _callback_timeout: float | None
+    _linger_timeout: float | None
+    #: Whether somebody has to look at what comes and goes, or at every callback; and who does, while it is needed.
+    _metered: bool
+    _counted: bool
+    _meter: Meter | None = None
+    _counter: Any = None
 
     # What few streams need; it has no slot either, which every stream would have to fill.
     _own_mark = -1
@@ -193,6 +251,9 @@ class StreamState(StreamCallbacks[Chunk]):
     _writes_dropped = 0
     #: Of `_pending`, those that are in files: they take no memory.
     _in_files = 0
+    #: When it is aborted if it does not come to its end, as it was asked to.
+    _stop_by: float | None = None
+    _proxy_header: ProxyHeader | None = None
     #: Bytes that were dropped when the stream was closed.
     _unsent = 0
     _decoder: Incremental | None = None
@@ -211,8 +272,11 @@ class StreamState(StreamCallbacks[Chunk]):
         """Work out once for the class what every instance would have to look up."""
         delimiter = cls.read_delimiter
         framer = framer_of(cls, delimiter, cls.encoding, cls.regex_search)
+        counted = cls.chunk_rate is not None or cls.callback_timeout is not None
+        if counted and framer is None:
+            framer = WHOLE
         own = isinstance(framer, Incremental)
-        one_by_one = framer is not None and not framer.splits
+        one_by_one = counted or (framer is not None and not framer.splits)
         plain = not (one_by_one or (framer is not None and framer.spread))
         write_heard = cls.on_write is not StreamCallbacks.on_write or cls.handle_write is not StreamCallbacks.handle_write
         end_heard = cls.on_end is not StreamCallbacks.on_end
@@ -225,6 +289,13 @@ class StreamState(StreamCallbacks[Chunk]):
         cls._write_timeout = cls.write_timeout
         cls._connect_timeout = cls.connect_timeout
         cls._handshake_timeout = cls.handshake_timeout
+        cls._idle_timeout = cls.idle_timeout
+        cls._read_rate = cls.read_rate
+        cls._chunk_rate = cls.chunk_rate
+        cls._callback_timeout = cls.callback_timeout
+        cls._linger_timeout = cls.linger_timeout
+        cls._metered = cls.idle_timeout is not None or cls.read_rate is not None
+        cls._counted = counted
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
         try:
@@ -282,6 +353,16 @@ class StreamState(StreamCallbacks[Chunk]):
     def connected(self) -> bool:
         """Whether the connection stands: from just before ``on_connect`` until its end begins."""
         return self._state.connected
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the connection has been asked to come to its end: see ``on_stopping``."""
+        return self._stop_by is not None
+
+    @property
+    def proxy_header(self) -> ProxyHeader | None:
+        """What the proxy in front of the server has said of this connection; None without one. See ``Server.proxy_protocol``."""
+        return self._proxy_header
 
     @property
     def connecting(self) -> bool:
@@ -368,6 +449,8 @@ class StreamState(StreamCallbacks[Chunk]):
     def _cut_by(self, delimiter: Any, encoding: str | None, regex_search: bool) -> None:
         """Cut the input in another way, from the next chunk on."""
         framer = framer_of(type(self), delimiter, encoding, regex_search)
+        if framer is None and self._counted:
+            framer = WHOLE
         inbox = self._inbox
         if not inbox.one_by_one:  # else the delimiter is looked up for each chunk anyway
             self._attention = INTERRUPTED
@@ -378,6 +461,12 @@ class StreamState(StreamCallbacks[Chunk]):
         if inbox and self._waiting:
             # It waits for more, but by the new delimiter it may have a chunk already.
             self._interrupt()
+
+    def _ask_to_stop(self, deadline: float) -> None:
+        """Have ``on_stopping`` called, once."""
+        if self._stop_by is None and self._state.connected:
+            self._stop_by = deadline
+            self._post("on_stopping", deadline)
 
     def _in_chunk(self) -> bool:
         return len(self._inbox) > 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pants_green._delimiters import Incremental
 from pants_green._files import FileSender
 from pants_green._lifecycle import CLOSED, CONNECTING, NEW, OPEN, READ_ONLY, CloseReason
+from pants_green._meter import Meter
 from pants_green._stream_state import INTERRUPTED
 from pants_green._tls import DORMANT, Filter
 from pants_green._tls_options import TLSOptions
@@ -17,7 +18,7 @@ from pants_green.errors import ChannelStateError, HandshakeTimeout
 if TYPE_CHECKING:
     from pants_green.stream import Stream
 
-__all__ = ["begin", "overdue", "shake_hands", "stand_on"]
+__all__ = ["begin", "overdue", "put_meter", "shake_hands", "stand_on"]
 
 
 def begin(stream: "Stream[...]", options: Any) -> None:
@@ -170,6 +171,8 @@ def _established(stream: "Stream[...]", tls: Filter) -> None:
     stream._keep_posted("on_ssl_handshake")
     stream._attention = INTERRUPTED
     stream._inbox.begin_again(stream._framer)
+    if stream._counted:
+        stream._inbox.put_back(stream._framer)  # chunks one by one
     stream._sending = False
     if stream._limits is not None:
         stream._limits.end("write")
@@ -183,6 +186,20 @@ def stand_on(stream: "Stream[...]", tls: Filter) -> None:
     """Put an established filter between a stream and its socket."""
     stream._secure = True
     stream._tls = tls
+    if stream._metered and stream._meter is None:
+        put_meter(stream)
     tls.owner = stream
     stream._recv, stream._reader, stream._writer = tls.recv, tls.reader, tls.raw[3]
     stream._send_by(tls.send)
+
+
+def put_meter(stream: "Stream[...]") -> None:
+    """Put a meter in front of the socket of a stream, below its TLS."""
+    if stream._tls is not None:
+        stream._meter = Meter(stream, stream._tls.raw)
+        stream._tls.stand_on(stream._meter.ports, stream._engine._loop.run_callback)
+        return
+    send = stream._send.send if isinstance(stream._send, FileSender) else stream._send
+    stream._meter = Meter(stream, (stream._recv, send, stream._reader, stream._writer))
+    stream._recv, send, stream._reader, stream._writer = stream._meter.ports
+    stream._send_by(send)

@@ -259,6 +259,14 @@ class Channel(metaclass=SettingsType):
         """Close now, for `reason`; does nothing on a closed channel."""
         raise NotImplementedError
 
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        """Hub: come to an end within `timeout` seconds, at `deadline` by the engine's clock, after what is owed."""
+        raise NotImplementedError
+
+    def _cut_off(self) -> None:
+        """Hub: close without waiting for anything: the time is up."""
+        self._shut(CloseReason.STOPPED)
+
     def _repair(self) -> None:
         """Set going again what an interrupt in the hub may have left undone."""
         if self._wakeup is not None:

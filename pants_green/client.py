@@ -225,6 +225,13 @@ class ReconnectingClient(Client[Chunk]):
         if not self._between():
             super()._shut(reason, error, reset=reset)
 
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        self._stopped = True
+        if self._between():
+            self._retire()
+        else:
+            super()._end_gracefully(timeout, deadline)
+
     def _after_fork(self) -> None:
         self._forget_plan()
         super()._after_fork()

@@ -824,6 +824,9 @@ class Datagram(DatagramState[Chunk]):
 
     # ---- forks, repairs
 
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        self.end()
+
     def _repair(self) -> None:
         super()._repair()
         if self._outbox and self._socket is not None:

@@ -21,9 +21,11 @@ from gevent import monkey
 from gevent.event import Event
 from greenlet import getcurrent
 
+from pants_green._drain import Drain
 from pants_green._lifecycle import CLOSED
 from pants_green._pool import Pool
 from pants_green._scheduler import HubTimer, Scheduler
+from pants_green._settings import seconds
 from pants_green._signals import wake_for_signals
 from pants_green._timers import Timer
 from pants_green.errors import ChannelStateError, WrongThreadError
@@ -120,14 +122,22 @@ class Engine:
 
     # ---- running
 
-    def start(self) -> None:
+    def start(self, graceful_timeout: float | None = None) -> None:
         """Run until ``stop()`` is called; in any greenlet, as often as you like.
 
         While it runs, a second call returns at once. An idle engine uses no CPU and does not return.
 
+        Args:
+            graceful_timeout: seconds; SIGTERM and SIGINT (Ctrl-C) then end the engine gracefully: servers stop as by
+                ``Server.stop(graceful_timeout)``, other channels are asked to end, too, and this returns when nothing is left, or
+                when the time is up. A second signal ends it at once. None: signals do what they do elsewhere.
+
         Raises:
             KeyboardInterrupt, SystemExit: raised in a callback, or by the user's Ctrl-C.
+            ChannelStateError: (RuntimeError) `graceful_timeout` was given outside of the main thread, to which signals come.
+            TypeError, ValueError: `graceful_timeout` is not a number of seconds of more than 0.
         """
+        graceful_timeout = seconds("start(): graceful_timeout", graceful_timeout)
         self._enter()
         if self._runner is not None:
             return
@@ -143,10 +153,15 @@ class Engine:
         not_errors = self._hub.NOT_ERROR
         self._hub.NOT_ERROR = (*not_errors, KeyboardInterrupt)
         wake_no_more = wake_for_signals(self._loop)
+        drain = None
         try:
+            if graceful_timeout is not None:
+                drain = Drain(self, graceful_timeout)
             while not self._stopping:
                 self._hub.switch()
         finally:
+            if drain is not None:
+                drain.end()
             wake_no_more()
             self._runner = None
             self._hub.NOT_ERROR = not_errors
@@ -542,9 +557,9 @@ def _after_fork_in_child() -> None:
 # ---- the engine of the calling thread, as a module
 
 
-def start() -> None:
+def start(graceful_timeout: float | None = None) -> None:
     """Run this thread's engine until ``stop()``; see `Engine.start`."""
-    Engine.instance().start()
+    Engine.instance().start(graceful_timeout)
 
 
 def stop() -> None:

@@ -14,16 +14,20 @@
       StreamBufferOverflow                  too many bytes without a delimiter, or not sent
       ReadTimeout (TimeoutError)            no whole chunk came in time
       WriteTimeout (TimeoutError)           the peer took nothing for too long
+      IdleTimeout (TimeoutError)            nothing came or went for too long
+      CallbackTimeout (TimeoutError)        a callback took too long
       HandshakeTimeout (TimeoutError)       the TLS handshake was not done in time
 
 Your mistake is raised at you; the world's mistake is delivered to an ``on_*_error`` callback.
 """
 
 __all__ = [
+    "CallbackTimeout",
     "ChannelClosed",
     "ChannelStateError",
     "DatagramTooLong",
     "HandshakeTimeout",
+    "IdleTimeout",
     "InvalidAddressFormatError",
     "InvalidReadDelimiterError",
     "PantsError",
@@ -127,6 +131,14 @@ class ReadTimeout(PantsError, TimeoutError):
 
 class WriteTimeout(PantsError, TimeoutError):
     """The peer took none of the pending output for ``write_timeout`` seconds."""
+
+
+class IdleTimeout(PantsError, TimeoutError):
+    """Nothing was received or sent for ``idle_timeout`` seconds."""
+
+
+class CallbackTimeout(PantsError, TimeoutError):
+    """A callback took longer than ``callback_timeout`` seconds; raised inside of it."""
 
 
 class HandshakeTimeout(PantsError, TimeoutError):

@@ -6,6 +6,7 @@ What a connection does with its bytes is in ``stream``.
 import contextvars
 import logging
 import math
+import random
 import socket as stdlib_socket
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -16,10 +17,14 @@ from pants_green import _sockets
 from pants_green import stream as stream_module
 from pants_green._address import NOT_GIVEN, Address, ListenCall, format_address, parse_listen
 from pants_green._adopting import adopt, is_bound, is_listening
+from pants_green._budget import Budget
 from pants_green._callbacks import Chunk
-from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, CloseReason, Event, State
-from pants_green._server_tls import ServerTLS, silence
+from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, NEW, OPEN, SERVER_MOVES, STOP, STOPPING, CloseReason, Event, State
+from pants_green._server_limits import ServerLimits
+from pants_green._server_tls import silence
+from pants_green._settings import Setting, positive_count, seconds
 from pants_green._socket_file import Permissions
+from pants_green._stopping import Stopping
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError, InvalidAddressFormatError
 from pants_green.stream import Stream
@@ -40,7 +45,7 @@ FOR_ONE_CONNECTION = ("on_accept", "on_ssl_wrap_error")
 EPISODE = 1.0
 
 
-class StreamServer(ServerTLS):
+class StreamServer(ServerLimits):
     """Listens, and hands every accepted socket to ``on_accept``; keeps no connections. `Server` is what you usually want.
 
     Args:
@@ -48,6 +53,7 @@ class StreamServer(ServerTLS):
             one that does not, bound or not, by ``listen()``. An SSLSocket gives its context, too. None: one is made.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
         ssl_options: what ``startSSL()`` is called with; None: without TLS.
+        proxy_protocol, trusted: the attributes of these names.
 
     Raises:
         TypeError: `socket` is no stream socket, is closed, or connected.
@@ -71,8 +77,16 @@ class StreamServer(ServerTLS):
 
     _logger = logging.getLogger("pants_green.server")
 
-    def __init__(self, *, socket: Any = None, engine: Any = None, ssl_options: Any = None) -> None:
-        super().__init__(engine)
+    def __init__(
+        self,
+        *,
+        socket: Any = None,
+        engine: Any = None,
+        ssl_options: Any = None,
+        proxy_protocol: str | None = None,
+        trusted: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(engine, proxy_protocol, trusted)
         self._given: Any = None
         self._listeners: list[_sockets.Listener] = []
         self._accept_at_once = ACCEPT_AT_ONCE
@@ -240,7 +254,10 @@ class StreamServer(ServerTLS):
             raise
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
+        throttles = self._throttles
         for _ in range(self._accept_at_once):
+            if throttles and not self._may_accept():
+                return
             try:
                 accepted = listener.accept()
             except BlockingIOError:
@@ -252,6 +269,8 @@ class StreamServer(ServerTLS):
                 return
             if self._back_off:
                 self._accepted_again()
+            if throttles:
+                self._count_accepted()
             self._engine._run(self._welcome, accepted, self._context)
             if self._state is not LISTENING:
                 return
@@ -279,17 +298,68 @@ class StreamServer(ServerTLS):
             self._log(logging.INFO, "accepting again", event="accept_resumed")
 
     def _resume_accepting(self) -> None:
-        if self._state is LISTENING:
+        if self._may_resume():
             self._start_accepting()
 
-    def _welcome(self, accepted: tuple[Any, ...]) -> None:
-        """The greenlet of an accepted connection: on_accept, then the life of the stream that took the socket over."""
+    def suspend(self) -> None:
+        """Accept nothing more until ``resume()``; connections that are made meanwhile wait in the backlog. Repeated calls do nothing.
+
+        Raises:
+            ChannelStateError: (RuntimeError) the server does not listen.
+        """
+        self._check_listening("suspend()")
+        self._suspended = True
+        self._stop_accepting()
+
+    def resume(self) -> None:
+        """Go on after ``suspend()``; no effect if it was not called.
+
+        Raises:
+            ChannelStateError: (RuntimeError) the server does not listen.
+        """
+        self._check_listening("resume()")
+        self._suspended = False
+        self._resume_accepting()
+
+    def _check_listening(self, call: str) -> None:
+        if self._state is not LISTENING:
+            raise ChannelStateError(f"{call} on {self!r}: it does not listen")
+        self._engine._enter()
+
+    def _welcome(self, accepted: tuple[Any, ...] | None) -> None:
+        """The greenlet of an accepted connection: what comes before on_accept, that, and the life of the stream that came of it."""
         worker: Any = getcurrent()
         forks = self._engine._forks
-        if self._tls_options is not None:
-            accepted = self._greet(worker, accepted) or ()
-            if not accepted:
+        client = None
+        self._active += 1
+        try:
+            if self._proxy_protocol is not None and accepted is not None:
+                accepted = self._read_header(worker, accepted)
+            if self._checks and accepted is not None:
+                client = self._let_in(accepted[0], accepted[1])
+                if client is None:
+                    return
+            if self._tls_options is not None and accepted is not None:
+                accepted = self._greet(worker, accepted)
+            if accepted is None:
                 return
+            stream = self._accepted(worker, accepted)
+            del worker, accepted
+            if stream is not None:
+                if self._ended:
+                    stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
+                stream._live(None)
+        finally:
+            if forks == self._engine._forks:
+                self._active -= 1
+                if client is not None:
+                    self._let_out(client)
+                if self._held or self._state is STOPPING:
+                    self._one_less()
+
+    def _accepted(self, worker: Any, accepted: tuple[Any, ...]) -> Any:
+        """Call on_accept; return the stream that has taken the socket over, if one has."""
+        forks = self._engine._forks
         worker.offered = accepted
         sock, remote, _, _ = accepted
         try:
@@ -302,16 +372,12 @@ class StreamServer(ServerTLS):
             self._turned_away(sock, error, worker.claimed)
             worker.claimed = None
         finally:
-            worker.offered = worker.tls = None
+            worker.offered = worker.tls = worker.header = None
         stream, worker.claimed = worker.claimed, None
         if forks != self._engine._forks:
             self._leave_to_parent(sock, stream)
-            return
-        del worker, sock, accepted
-        if stream is not None:
-            if self._ended:
-                stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
-            stream._live(None)
+            return None
+        return stream
 
     def _leave_to_parent(self, sock: Any, stream: Any) -> None:
         """on_accept waited while the process forked, and this is the child: the connection is the parent's."""
@@ -399,8 +465,16 @@ class StreamServer(ServerTLS):
         self._close_reason = reason
         self._close_error = error
         self._move(CLOSE)
+        self._close_listeners()
+        self._end_greetings()
+        self._forget_if_done()
+        self._log(logging.INFO, "closed", event="close")
+        self._post("on_close")
+
+    def _close_listeners(self) -> None:
         if self._paused is not None:
             self._paused.cancel()
+        self._hold_no_more()
         self._stop_accepting()
         for listener in self._listeners:
             listener.close()
@@ -409,10 +483,6 @@ class StreamServer(ServerTLS):
             self._given.close()
             self._given = None
         self._socket = None
-        self._end_greetings()
-        self._forget_if_done()
-        self._log(logging.INFO, "closed", event="close")
-        self._post("on_close")
 
     def _move(self, event: Event) -> None:
         try:
@@ -425,11 +495,14 @@ class StreamServer(ServerTLS):
         if self._state is CLOSED and not self._children():
             self._engine._roots.discard(self)
 
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        self._shut(CloseReason.STOPPED)
+
     def _repair(self) -> None:
         super()._repair()
         if self._state is LISTENING and not self._back_off:
             self._stop_accepting()
-            self._start_accepting()
+            self._resume_accepting()
 
     def _after_fork(self) -> None:
         # Several processes take turns on one listener now: one connection at a time spreads them best.
@@ -442,6 +515,11 @@ class StreamServer(ServerTLS):
     def listening(self) -> bool:
         """Whether it listens."""
         return self._state is LISTENING
+
+    @property
+    def suspended(self) -> bool:
+        """Whether ``suspend()`` holds."""
+        return self._suspended
 
     @property
     def remote_address(self) -> None:
@@ -494,6 +572,14 @@ class Connection(Stream[Chunk]):
     __slots__ = ()
 
 
+class BudgetSetting(Setting[int | None]):
+    """Bytes of all connections together."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._budget_changed()
+
+
 class Server(StreamServer):
     """Listens, and makes a stream of the connection class for every connection.
 
@@ -503,6 +589,7 @@ class Server(StreamServer):
         socket: a socket to take over: see `StreamServer`.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
         ssl_options: what ``startSSL()`` is called with; None: without TLS.
+        proxy_protocol, trusted: the attributes of these names.
 
     Attributes:
         channels: the connected streams, by descriptor.
@@ -512,14 +599,40 @@ class Server(StreamServer):
         TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
-    __slots__ = ("_settling", "channels")
+    __slots__ = ("_settling", "_stopping", "channels")
+
+    #: Seconds after which a connection is asked to end (``on_stopping``), give or take a tenth, so that those that came together
+    #: do not go together; 30 seconds later it is aborted. None: never.
+    max_connection_age: Setting[float | None] = Setting(None, seconds)
+
+    #: Bytes that may wait to be sent on all connections together, not counting files; None: no limit but that of each. If it is
+    #: more, the connection with most of it is closed (``on_overflow_error``), and so on; they are looked at every 0.1 seconds.
+    write_budget: Setting[int | None] = BudgetSetting(None, positive_count)
+
+    _max_connection_age: ClassVar[float | None]
+    _write_budget: ClassVar[int | None]
+
+    @classmethod
+    def _settled(cls) -> None:
+        super()._settled()
+        cls._max_connection_age = cls.max_connection_age
+        cls._write_budget = cls.write_budget
 
     _keeps_streams = True
 
     #: What every connection is wrapped in, unless the constructor is given something else.
     ConnectionClass: Any = Connection
 
-    def __init__(self, ConnectionClass: Any = None, *, socket: Any = None, engine: Any = None, ssl_options: Any = None) -> None:
+    def __init__(
+        self,
+        ConnectionClass: Any = None,
+        *,
+        socket: Any = None,
+        engine: Any = None,
+        ssl_options: Any = None,
+        proxy_protocol: str | None = None,
+        trusted: Iterable[Any] | None = None,
+    ) -> None:
         if ConnectionClass is not None:
             self.ConnectionClass = ConnectionClass
         wanted = self.ConnectionClass
@@ -527,7 +640,14 @@ class Server(StreamServer):
             raise TypeError(f"{type(self).__name__}.ConnectionClass is a subclass of Stream (or Connection), not {wanted!r}")
         self.channels = Channels()
         self._settling: set[Stream] = set()
-        super().__init__(socket=socket, engine=engine, ssl_options=ssl_options)  # last, for a socket that listens is accepted from
+        self._stopping: Stopping | None = None
+        self._budget_changed()
+        # Last, for a socket that listens is accepted from.
+        super().__init__(socket=socket, engine=engine, ssl_options=ssl_options, proxy_protocol=proxy_protocol, trusted=trusted)
+
+    def _budget_changed(self) -> None:
+        size = self._write_budget
+        self._budget = None if size is None else Budget(self, size)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -558,8 +678,10 @@ class Server(StreamServer):
         """Keep a stream of ours where it belongs: among the connected, among those that end, or nowhere."""
         if state is OPEN:
             self.channels[stream._key] = stream
-            if self._state is CLOSED:
-                self._engine._roots.add(self)  # through which alone the engine knows it
+            if self._state is not LISTENING:
+                self._late(stream)
+            if self._max_connection_age is not None:
+                stream._limit("age", self._max_connection_age * random.uniform(0.9, 1.1))
         elif not state.connected:
             if stream._key is not None:
                 self.channels.pop(stream._key, None)
@@ -570,6 +692,16 @@ class Server(StreamServer):
                 self._settling.discard(stream)
             if self._state is CLOSED:
                 self._forget_if_done()
+            elif self._state is STOPPING and state is CLOSED:
+                self._one_less()
+
+    def _late(self, stream: Any) -> None:
+        """A connection stands although the server accepts no more."""
+        if self._state is CLOSED:
+            self._engine._roots.add(self)  # through which alone the engine knows it
+        elif self._stopping is not None:
+            # In the next turn: what has come already is read before.
+            self._engine._loop.run_callback(stream._ask_to_stop, self._stopping.deadline)
 
     def _children(self) -> Iterable[Channel]:
         return [*self.channels.values(), *self._settling]
@@ -584,6 +716,96 @@ class Server(StreamServer):
         """
         self._ending = connections
         super().close()
+
+    def stop(self, timeout: float | None = 30.0) -> None:
+        """Stop gracefully: accept no more, let the connections come to their end, and abort those that have not by then.
+
+        What is in the accept queue of the kernel is still taken. Each connection gets ``on_stopping(deadline)``, which by default
+        ends it after what it has to send; a callback that is running runs on. ``on_close`` of the server comes last.
+
+        This waits until it is over; but called in a callback of the server, or of one of its connections, or in the hub, it
+        returns at once. Repeated calls wait, too, and change nothing.
+
+        Args:
+            timeout: seconds, 0 or more, until the connections that are left are aborted; None: as long as it takes.
+
+        Raises:
+            TypeError, ValueError: `timeout` is no such number.
+        """
+        if timeout != 0 or isinstance(timeout, bool):
+            timeout = seconds(f"stop() on {self!r}: timeout (which may be 0, too)", timeout)
+        if self._state is not CLOSED:
+            self._engine._enter()
+        self._begin_to_stop(timeout)
+        if self._stopping is not None and self._state is not CLOSED and not self._called_from_within():
+            self._stopping.wait()
+
+    def _begin_to_stop(self, timeout: float | None) -> None:
+        if self._state is NEW:
+            self.close()
+        elif self._state is LISTENING:
+            self._stopping = Stopping(self._engine, timeout, self._time_is_up)
+            self._move(STOP)
+            self._log(logging.INFO, "stopping", event="stop")
+            self._engine._loop.run_callback(self._take_the_rest)
+
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        self._begin_to_stop(timeout)
+
+    def _called_from_within(self) -> bool:
+        """Tell whether the calling greenlet is one for which a stopping server waits, or the hub."""
+        current = getcurrent()
+        if current is self._engine._hub or current is self._greenlet:
+            return True
+        return any(stream._greenlet is current for stream in self._children())
+
+    def _take_the_rest(self) -> None:
+        """Hub: take what is left in the accept queue, close it, and ask every connection to end."""
+        if self._state is not STOPPING or self._stopping is None:
+            return
+        for listener in self._listeners:
+            self._accept_rest(listener)
+        self._close_listeners()
+        for stream in self._children():
+            stream._ask_to_stop(self._stopping.deadline)  # type: ignore[attr-defined]
+        self._one_less()
+
+    def _accept_rest(self, listener: _sockets.Listener) -> None:
+        while self._state is STOPPING:
+            try:
+                accepted = listener.accept()
+            except OSError as error:
+                if error.errno in _sockets.ACCEPT_AGAIN:
+                    continue
+                return
+            self._engine._run(self._welcome, accepted, self._context)
+
+    def _one_less(self) -> None:
+        super()._one_less()
+        if self._state is STOPPING and not self._listeners and not self._active and not self._children():
+            self._shut(CloseReason.STOPPED)
+
+    def _time_is_up(self) -> None:
+        """Hub: the deadline of ``stop()`` has come."""
+        left = self._children()
+        if left or self._active:
+            self._log(logging.WARNING, "%d connections had not ended in time, and were aborted", len(list(left)), event="stop_timeout")
+        for stream in left:
+            stream._shut(CloseReason.STOPPED, reset=True)  # type: ignore[call-arg]
+        self._ended = True
+        self._shut(CloseReason.STOPPED)
+
+    def _shut(self, reason: CloseReason, error: BaseException | None = None) -> None:
+        if self._state is not CLOSED:
+            super()._shut(reason, error)
+            if self._stopping is not None:
+                self._stopping.cancel()
+                self._post("_tell_stopped")
+
+    def _tell_stopped(self) -> None:
+        """Posted, behind on_close: those who wait in ``stop()`` go on."""
+        if self._stopping is not None:
+            self._stopping.done()
 
     def on_close(self) -> None:
         """The server has stopped listening; by default every connection is ended, after what it has to send.

@@ -23,6 +23,7 @@ from pants_green import _sockets
 from pants_green._address import NOT_GIVEN, Address, parse_connect
 from pants_green._adopting import adopt, is_listening
 from pants_green._callbacks import Chunk, StreamCallbacks
+from pants_green._counter import Counter
 from pants_green._dialling import dial, give_up, parse_source
 from pants_green._files import BURST, FileSender, item_of
 from pants_green._inbox import NOTHING
@@ -46,15 +47,24 @@ from pants_green._lifecycle import (
 )
 from pants_green._limits import Limits
 from pants_green._linger import Linger
+from pants_green._meter import Meter
 from pants_green._pool import Worker
 from pants_green._room import made, own_wait, stalled, wait_for_room, wake_waiters, wrote_much
 from pants_green._straight import read
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, TURN, StreamState
-from pants_green._stream_tls import begin, overdue, shake_hands, stand_on
+from pants_green._stream_tls import begin, overdue, put_meter, shake_hands, stand_on
 from pants_green._tls import TLSError
 from pants_green._tls_socket import TLSSocket
-from pants_green.channel import STARTING
-from pants_green.errors import ChannelClosed, ChannelStateError, ReadTimeout, StreamBufferOverflow, WriteTimeout
+from pants_green.channel import STARTING, Channel
+from pants_green.errors import (
+    CallbackTimeout,
+    ChannelClosed,
+    ChannelStateError,
+    IdleTimeout,
+    ReadTimeout,
+    StreamBufferOverflow,
+    WriteTimeout,
+)
 from pants_green.framing import Framer
 
 if TYPE_CHECKING:
@@ -65,6 +75,9 @@ __all__ = ["Stream", "StreamServer"]
 #: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and fall back to the smallest
 #: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
 RECEIVE_MOST = 256 * KIB
+
+#: Seconds that a connection has to come to its end once it has reached the server's `max_connection_age`.
+GRACE = 30.0
 
 #: A receive of so many bytes flushes its own stream at once: bulk gains nothing by waiting and leaves the cache.
 FLUSH_OWN = 16 * KIB
@@ -129,6 +142,8 @@ class Stream(StreamState[Chunk]):
             if ports[2] is None:
                 raise TypeError(f"{type(self).__name__}(socket=) takes an open socket; {socket!r} is closed")
             tls = worker.tls if not isinstance(socket, TLSSocket) else socket._hand_over()
+            if worker.header is not None:
+                self._proxy_header = worker.header
             worker.offered = None
             worker.claimed = self
             self._greenlet = worker
@@ -181,8 +196,44 @@ class Stream(StreamState[Chunk]):
 
     def _use(self, socket: Any, ports: _sockets.Ports) -> None:
         """Bind the world to which reading and flushing speak."""
+        if self._metered and self._meter is None:
+            self._meter = Meter(self, ports)
+            ports = self._meter.ports
         self._socket = socket
         self._recv, self._send, self._reader, self._writer = ports
+
+    def _measure(self) -> None:
+        """See whether somebody has to look at what comes and goes, and have that done from now on."""
+        self._metered = self._idle_timeout is not None or self._read_rate is not None
+        if self._meter is not None:
+            self._meter.settle()
+        elif self._metered and self._recv is not None and self._state.connected:
+            put_meter(self)
+        if self._state.connected:
+            self._limit_changed("idle")
+            if self._waiting:
+                self._alert()  # to wait anew
+
+    def _count(self) -> None:
+        """See whether somebody has to look at every callback, and have that done from now on."""
+        self._counted = self._chunk_rate is not None or self._callback_timeout is not None
+        if not self._counted:
+            self._counter = None
+            return
+        if self._counter is None:
+            self._counter = Counter(self)
+        self._counter.settle()
+        if self._framer is None:
+            self._cut_by(None, None, self._regex_search)
+        self._inbox.put_back(self._framer)
+        self._attention = INTERRUPTED
+
+    def _call(self, name: str, *args: Any) -> None:
+        if self._counter is None:
+            Channel._call(self, name, *args)
+        else:
+            with self._counter.callback(name):
+                Channel._call(self, name, *args)
 
     def _become_known(self) -> None:
         """Have the engine know this stream, unless it does so through its server."""
@@ -287,10 +338,15 @@ class Stream(StreamState[Chunk]):
             elif self._socket is not None:
                 self._move(ESTABLISH)
             if self._state is OPEN:
-                try:
-                    self.on_connect()
-                except BaseException as error:
-                    self._failed("on_connect", error)
+                if self._metered or self._counted:
+                    self._begin_limits()
+                if self._counter is None:
+                    try:
+                        self.on_connect()
+                    except BaseException as error:
+                        self._failed("on_connect", error)
+                else:
+                    self._call("on_connect")
                 self._read_loop()
             if self._state is not CLOSED:
                 self._serve_output()
@@ -317,6 +373,12 @@ class Stream(StreamState[Chunk]):
             self._context = None
             if self._inbox.data:
                 self._inbox.take_all()
+
+    def _begin_limits(self) -> None:
+        if self._idle_timeout is not None:
+            self._limit("idle", self._idle_timeout)
+        if self._counted and self._counter is None:
+            self._counter = Counter(self)
 
     # ---- Reading
 
@@ -493,8 +555,12 @@ class Stream(StreamState[Chunk]):
             if chunk is NOTHING:
                 break
             begun = False
+            spread = isinstance(chunk, tuple) and framer.spread
             try:
-                if isinstance(chunk, tuple) and framer.spread:
+                if self._counter is not None:
+                    with self._counter.callback("on_read"):
+                        self.on_read(*(chunk if spread else (chunk,)))  # type: ignore[call-arg]
+                elif spread:
                     self.on_read(*chunk)  # type: ignore[call-arg]
                 else:
                     self.on_read(chunk)  # type: ignore[call-arg]
@@ -557,6 +623,8 @@ class Stream(StreamState[Chunk]):
                 continue
             if self._paused:
                 self._wait()
+                continue
+            if self._counter is not None and self._counter.pause():
                 continue
             self._attention = None
             if self._own_seen < 0:
@@ -907,6 +975,15 @@ class Stream(StreamState[Chunk]):
         """Hub: the time of a limit is up."""
         if which == "connect":
             give_up(self)
+        elif which == "idle":
+            self._see_idle()
+        elif which == "callback":
+            self._interrupt_callback()
+        elif which == "age":
+            self._ask_to_stop(self._engine._clock() + GRACE)
+            self._limit("grace", GRACE)
+        elif which == "grace":
+            self._shut(CloseReason.STOPPED, reset=True)
         elif which == "write" and self._shaking and not (self._tls and self._tls.clear):
             pass  # nothing was offered to the peer: it waits for the handshake
         elif which == "write":
@@ -928,6 +1005,35 @@ class Stream(StreamState[Chunk]):
             if self._waiting and self._own_mark < 0 and not self._paused:
                 self._post("_read_overdue")
 
+    def _see_idle(self) -> None:
+        """Hub: tell that nothing came or went, unless something did since, or the delay is ours."""
+        if self._idle_timeout is None or self._meter is None or not self._state.connected:
+            return
+        left = self._meter.active + self._idle_timeout - self._engine._clock()
+        if self._pending or not self._waiting or self._paused:
+            self._limit("idle", self._idle_timeout)
+        elif left > 0.001:
+            self._limit("idle", left)
+        else:
+            self._post("_idle")
+
+    def _idle(self) -> None:
+        """Posted: tell of that."""
+        if self._state.connected:
+            self._call("on_timeout", "idle")
+            self._limit_changed("idle")
+
+    def _interrupt_callback(self) -> None:
+        """Hub: a callback takes too long. Where it waits in something of ours it is not the one to blame."""
+        counter, limit, greenlet = self._counter, self._callback_timeout, self._greenlet
+        if counter is None or counter.running is None or limit is None or type(greenlet) is not Worker:
+            return
+        if self._waiting:
+            self._limit("callback", limit)
+        else:
+            text = f"{counter.running} of {self!r} has not returned within callback_timeout, {limit:g} seconds"
+            greenlet.throw(CallbackTimeout(text))
+
     def _read_overdue(self) -> None:
         """Posted: tell of the chunk that has not come whole, unless it has come meanwhile."""
         if self._inbox.data:
@@ -937,6 +1043,8 @@ class Stream(StreamState[Chunk]):
         """A limit has to run anew, or from now on, or no more."""
         if which == "connect":
             seconds, running = self._connect_timeout, self._state is CONNECTING
+        elif which == "idle":
+            seconds, running = self._idle_timeout, self._state.connected
         elif which == "write":
             seconds, running = self._write_timeout, self._sending
         else:
@@ -951,6 +1059,8 @@ class Stream(StreamState[Chunk]):
         if which == "read":
             text = f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
             return ReadTimeout(text)
+        if which == "idle":
+            return IdleTimeout(f"nothing came or went for idle_timeout, {self._idle_timeout:g} seconds")
         text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds; {self._pending} bytes wait"
         if self._own_mark >= 0 and self._state is not DRAINING:
             text += "; neither side is reading, for this one waits for room"
@@ -1108,7 +1218,7 @@ class Stream(StreamState[Chunk]):
             socket = self._socket
             _sockets.shutdown_output(socket)
             recv, _, reader, writer = self._raw_ports()
-            linger = Linger(self._engine, socket, recv, reader, writer)
+            linger = Linger(self._engine, socket, recv, reader, writer, self._linger_timeout)
             self._let_go()
             linger.start()
         self._shut(self._close_reason or CloseReason.ENDED_HERE)
@@ -1180,6 +1290,8 @@ class Stream(StreamState[Chunk]):
         self._sending = False
         if self._secure and self._tls is not None:
             self._tls.owner = None
+        if self._meter is not None:
+            self._meter = None
         self._socket = self._recv = self._send = self._reader = self._writer = None
 
     def _disown(self, reason: CloseReason) -> None:
@@ -1187,6 +1299,15 @@ class Stream(StreamState[Chunk]):
         self._attention = INTERRUPTED
         self._told = True
         self._shut(reason)
+
+    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+        if self._state.connected:
+            self._ask_to_stop(deadline)
+        else:
+            self._end(CloseReason.STOPPED)
+
+    def _cut_off(self) -> None:
+        self._shut(CloseReason.STOPPED, reset=True)
 
     def _repair(self) -> None:
         super()._repair()

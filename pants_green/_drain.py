@@ -1,0 +1,95 @@
+"""The graceful end of an engine on a signal: every channel is asked to come to its end, and the engine stops when none is left.
+
+What each channel does about it is its own business; see ``Channel._end_gracefully``.
+"""
+
+import logging
+import signal
+from typing import TYPE_CHECKING, Any
+
+from pants_green._lifecycle import CLOSED
+from pants_green.errors import ChannelStateError
+
+if TYPE_CHECKING:
+    from pants_green.engine import Engine
+
+__all__ = ["Drain"]
+
+log = logging.getLogger("pants_green.engine")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+#: Seconds between two looks at what is left.
+LOOK = 0.02
+
+
+class Drain:
+    """Listens for signals, and ends an engine gracefully at the first.
+
+    Args:
+        engine: the engine; it runs.
+        timeout: seconds that the channels have.
+
+    Raises:
+        ChannelStateError: this is not the main thread.
+    """
+
+    __slots__ = ("_before", "_deadline", "_engine", "_timeout", "_timer")
+
+    def __init__(self, engine: "Engine", timeout: float) -> None:
+        self._engine = engine
+        self._timeout = timeout
+        self._deadline: float | None = None
+        self._timer: Any = None
+        self._before: dict[int, Any] = {}
+        try:
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._signalled)
+        except ValueError:
+            hint = "call start() there, or without it"
+            raise ChannelStateError(f"graceful_timeout: signals come to the main thread of the process only; {hint}") from None
+
+    def end(self) -> None:
+        """Leave the signals to whom they belonged before."""
+        for number, handler in self._before.items():
+            if signal.getsignal(number) == self._signalled:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _signalled(self, number: int, frame: object) -> None:
+        """Called by Python wherever it is, so all the rest is done in the hub."""
+        self._engine._loop.run_callback(self._begin, number)
+
+    def _begin(self, number: int) -> None:
+        """Hub: a signal came."""
+        name = signal.Signals(number).name
+        engine = self._engine
+        if self._deadline is not None:
+            self._say(logging.WARNING, "%s once more: stopping at once, with %d channels left", name, len(engine.channels))
+            engine.stop()
+            return
+        self._say(logging.INFO, "%s: ending gracefully, within %g seconds", name, self._timeout)
+        self._deadline = engine._clock() + self._timeout
+        for root in list(engine._roots):
+            if root._state is not CLOSED:
+                root._end_gracefully(self._timeout, self._deadline)
+        self._look()
+
+    def _look(self) -> None:
+        """Hub: see whether anything is left."""
+        engine = self._engine
+        assert self._deadline is not None
+        if not engine._roots and not engine._lingering:
+            engine.stop()
+        elif engine._clock() >= self._deadline:
+            self._say(logging.WARNING, "the time is up, with %d channels left, which are aborted", len(engine.channels))
+            for channel in engine.channels:
+                channel._cut_off()
+            engine.stop()
+        else:
+            self._timer = engine._in_hub_after(LOOK, self._look)
+
+    def _say(self, level: int, message: str, *args: Any) -> None:
+        # Not in the hub: a log handler may wait.
+        self._engine._run_soon(lambda _: log.log(level, message, *args, extra={"event": "graceful_end"}))

@@ -1,0 +1,63 @@
+"""Networks, to tell whether an address is in one of them; pure."""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any
+
+__all__ = ["Networks", "client_of"]
+
+
+class Networks:
+    """A set of networks.
+
+    Args:
+        name: the setting that says them, for errors.
+        networks: addresses and networks as str (``"192.0.2.7"``, ``"10.0.0.0/8"``, ``"2001:db8::/32"``), or as objects of
+            ``ipaddress``; "unix" for every Unix socket.
+
+    Raises:
+        TypeError, ValueError: one of them makes no sense.
+    """
+
+    __slots__ = ("_networks", "_unix")
+
+    def __init__(self, name: str, networks: Iterable[Any]) -> None:
+        if isinstance(networks, (str, bytes)):
+            raise TypeError(f"{name} is a list of networks, such as ['10.0.0.0/8', '::1'], not the single {networks!r}")
+        self._unix = False
+        self._networks: list[IPv4Network | IPv6Network] = []
+        try:
+            given = list(networks)
+        except TypeError:
+            raise TypeError(f"{name} is a list of networks, such as ['10.0.0.0/8', '::1'], not {networks!r}") from None
+        for one in given:
+            if one == "unix":
+                self._unix = True
+            elif not isinstance(one, (str, IPv4Address, IPv6Address, IPv4Network, IPv6Network)):
+                raise TypeError(f"{name}: {one!r} is no network; give a str, such as '10.0.0.0/8'")
+            else:
+                try:
+                    self._networks.append(ip_network(one))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}; give an address or a network, such as '10.0.0.0/8'") from None
+
+    def __contains__(self, sockaddr: Any) -> bool:
+        """Tell whether a socket address is in one of them."""
+        client = client_of(sockaddr)
+        if isinstance(client, str):
+            return self._unix
+        return any(client.version == one.version and client in one for one in self._networks)
+
+    def __repr__(self) -> str:
+        return f"[{', '.join([*map(str, self._networks), *['unix'] * self._unix])}]"
+
+
+def client_of(sockaddr: Any) -> IPv4Address | IPv6Address | str:
+    """Return whom a socket address belongs to: an IP address (one of IPv4 that came as IPv6 is of IPv4), or "unix" for all others."""
+    if not isinstance(sockaddr, tuple):
+        return "unix"
+    try:
+        address = ip_address(str(sockaddr[0]).partition("%")[0])
+    except ValueError:
+        return "unix"
+    return (address.version == 6 and address.ipv4_mapped) or address

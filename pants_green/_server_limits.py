@@ -1,0 +1,174 @@
+"""The limits of a server: how many connections it has, how fast they come, and from where.
+
+What is refused here never gets to ``on_accept``. Limits of single connections are the business of ``stream``.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from pants_green._address import format_address
+from pants_green._buckets import TokenBucket
+from pants_green._lifecycle import LISTENING
+from pants_green._networks import Networks, client_of
+from pants_green._server_proxy import ServerProxy, networks
+from pants_green._settings import Setting, per_second, positive_count
+
+__all__ = ["ServerLimits"]
+
+
+def _networks_or_none(name: str, value: Any) -> Networks | None:
+    return None if value is None else networks(name, value)
+
+
+class Limit(Setting[Any]):
+    """A setting that says who may come in; what it allows holds from now on."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._limits_changed()
+
+
+class ServerLimits(ServerProxy):
+    """The part of a server that says who may come in. Not made by itself."""
+
+    __slots__ = ("_active", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended", "_throttles")
+
+    #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
+    #: are accepted as others end. Connections in their TLS handshake, and such as are still sending, count.
+    max_connections: Setting[int | None] = Limit(None, positive_count)
+
+    #: Connections at a time from one IP address, or from all Unix sockets together; None: no limit. Those that are more are closed.
+    max_connections_per_ip: Setting[int | None] = Limit(None, positive_count)
+
+    #: Connections accepted per second, and as many at once; None: no limit. Those that are more wait in the backlog.
+    accept_rate: Setting[float | None] = Limit(None, per_second)
+
+    #: Networks from which alone connections may come; None: from everywhere. And those from which they may not. Both are lists of
+    #: str such as ``"10.0.0.0/8"``, in which "unix" stands for Unix sockets; others are closed at once.
+    allow: Setting[Any] = Limit(None, _networks_or_none)
+    deny: Setting[Any] = Limit(None, _networks_or_none)
+
+    #: What sees to `write_budget`, on a Server that has one.
+    _budget: Any = None
+
+    _max_connections: ClassVar[int | None]
+    _max_connections_per_ip: ClassVar[int | None]
+    _accept_rate: ClassVar[float | None]
+    _allow: ClassVar[Networks | None]
+    _deny: ClassVar[Networks | None]
+
+    @classmethod
+    def _settled(cls) -> None:
+        super()._settled()
+        for name in ("max_connections", "max_connections_per_ip", "accept_rate", "allow", "deny"):
+            setattr(cls, "_" + name, getattr(cls, name))
+
+    def __init__(self, engine: Any, proxy_protocol: str | None, trusted: Iterable[Any] | None) -> None:
+        super().__init__(engine, proxy_protocol, trusted)
+        #: Connections whose greenlet is at work. And how many each client has, while that is limited.
+        self._active = 0
+        self._by_client: dict[Any, int] = {}
+        #: Whether accepting pauses until one of them ends, or until the timer's time has come; whether suspend() holds.
+        self._held = False
+        self._hold_timer: Any = None
+        self._suspended = False
+        self._bucket: TokenBucket | None = None
+        self._limits_changed()
+
+    def _limits_changed(self) -> None:
+        """Work out what there is to look at: for most servers nothing."""
+        rate = self._accept_rate
+        if rate is None:
+            self._bucket = None
+        elif self._bucket is None or self._bucket.rate != rate:
+            self._bucket = TokenBucket(rate, self._engine._clock())
+        self._throttles = self._max_connections is not None or rate is not None
+        self._checks = self._max_connections_per_ip is not None or self._allow is not None or self._deny is not None
+        if self._held or self._hold_timer is not None:
+            self._engine._enter()
+            self._hold_no_more()
+            self._resume_accepting()
+
+    # ---- before a connection is accepted
+
+    def _may_accept(self) -> bool:
+        """Hub: tell whether one more connection may be accepted; if not, see to it that accepting goes on when it may."""
+        most = self._max_connections
+        if most is not None and self._active >= most:
+            self._held = True
+            self._stop_accepting()
+            self._reports.tell_once("max_connections", most, "further connections wait until others end")
+            return False
+        if self._bucket is not None:
+            now = self._engine._clock()
+            delay = self._bucket.delay(now)
+            if delay:
+                self._stop_accepting()
+                self._hold_timer = self._engine._in_hub_after(delay, self._hold_is_over)
+                self._reports.tell_once("accept_rate", f"{self._accept_rate:g} per second", "further connections wait")
+                return False
+        return True
+
+    def _count_accepted(self) -> None:
+        """Hub: a connection was accepted."""
+        if self._bucket is not None:
+            self._bucket.take(1, self._engine._clock())
+
+    def _hold_is_over(self) -> None:
+        """Hub: there is a token again."""
+        self._hold_timer = None
+        self._resume_accepting()
+
+    def _hold_no_more(self) -> None:
+        self._held = False
+        if self._hold_timer is not None:
+            self._hold_timer.cancel()
+            self._hold_timer = None
+
+    def _one_less(self) -> None:
+        """A connection has ended."""
+        if self._held and (self._max_connections is None or self._active < self._max_connections):
+            self._held = False
+            self._resume_accepting()
+
+    def _may_resume(self) -> bool:
+        return self._state is LISTENING and not self._suspended and not self._held and self._hold_timer is None
+
+    def _resume_accepting(self) -> None:
+        raise NotImplementedError
+
+    def _stop_accepting(self) -> None:
+        raise NotImplementedError
+
+    # ---- once its client is known
+
+    def _let_in(self, sock: Any, remote: Any) -> Any:
+        """Tell whether a client may come in: return who it is, to be handed to ``_let_out``; or close the socket and return None."""
+        if self._deny is not None and remote in self._deny:
+            self._reports.tell("deny", self._deny, "the connection of %s was closed", format_address(remote))
+        elif self._allow is not None and remote not in self._allow:
+            self._reports.tell("allow", self._allow, "the connection of %s was closed", format_address(remote))
+        else:
+            client = client_of(remote)
+            count = self._by_client.get(client, 0)
+            most = self._max_connections_per_ip
+            if most is None or count < most:
+                self._by_client[client] = count + 1
+                return client
+            text = "one more connection of %s was closed"
+            self._reports.tell("max_connections_per_ip", most, text, format_address(remote))
+        sock.close()
+        return None
+
+    def _let_out(self, client: Any) -> None:
+        count = self._by_client[client] - 1
+        if count:
+            self._by_client[client] = count
+        else:
+            del self._by_client[client]
+
+    def _after_fork(self) -> None:
+        self._active = 0
+        self._by_client.clear()
+        self._hold_no_more()
+        super()._after_fork()
