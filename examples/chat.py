@@ -1,4 +1,4 @@
-"""A chat: asks everybody for a name, announces who joins and who leaves, and passes each line on to all others.
+"""A chat: asks everybody for a name, announces who joins and who leaves, passes each line on to all others; says goodbye at the end.
 
 Try it:  python examples/chat.py [PORT]  and in two other terminals  nc localhost 4040  (or: telnet localhost 4040)
 """
@@ -10,19 +10,22 @@ from pants_green import Connection, Server, engine
 
 class Talker(Connection):
     read_delimiter = "\n"
-    encoding = "utf-8"  # on_read and read() get str
+    encoding = "utf-8"  # on_read gets str
     name = ""
 
     def on_connect(self):
         self.write("Your name? ")
-        self.name = self.read().strip() or "somebody"  # only this connection waits; should the peer leave meanwhile, that was all
-        self.tell_the_others(f"* {self.name} has joined")
 
     def on_read(self, line):
-        self.tell_the_others(f"{self.name}: {line.rstrip()}")
+        known, self.name = self.name, self.name or line.strip() or "somebody"  # the first line is the name
+        self.tell_the_others(f"{self.name}: {line.rstrip()}" if known else f"* {self.name} has joined")
+
+    def on_stopping(self, deadline):
+        self.write("* The chat is over. Goodbye!\r\n")
+        self.end()
 
     def on_close(self):
-        if self.name:
+        if self.name and not self.stopping:
             self.tell_the_others(f"* {self.name} has left")
 
     def tell_the_others(self, line):
@@ -31,9 +34,6 @@ class Talker(Connection):
                 other.write(f"{line}\r\n")
 
 
-try:
-    server = Server(Talker).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
-    print(f"Talk on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
-    engine.start()
-except KeyboardInterrupt:
-    print("\nBye.")
+server = Server(Talker).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
+engine.callback(print, f"Talk on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
+engine.start(graceful_timeout=5)  # Ctrl-C, or SIGTERM, calls on_stopping of everybody

@@ -2,6 +2,9 @@
 
 __all__ = ["TokenBucket"]
 
+#: Seconds after which one looks again in any case: what is slower than that is a timer that no loop would take.
+LONGEST = 3600.0
+
 
 class TokenBucket:
     """Tokens that come at a steady rate, up to so many at a time.
@@ -11,6 +14,7 @@ class TokenBucket:
 
     Args:
         rate: tokens per second, more than 0.
+        now: seconds, by the clock of all calls.
         burst: how many there may be at most, with which it begins; by default those of one second, and one at least.
     """
 
@@ -28,12 +32,13 @@ class TokenBucket:
 
     def delay(self, now: float) -> float:
         """Return the seconds until something may be taken: 0.0 if it may now."""
-        tokens = self._now(now)
-        return 0.0 if tokens > 0 else (self.least - tokens) / self.rate
+        missing = self.least - self._now(now)
+        # Who waited for exactly so long may find a little less, as floats are.
+        return 0.0 if missing <= self.least * 1e-6 else min(missing / self.rate, LONGEST)
 
     def available(self, now: float) -> int:
-        """Return how many may be taken at once, if any may."""
-        return max(1, int(max(self._now(now), self.least)))
+        """Return how many may be taken at once, if any may: 1 at least."""
+        return max(1, int(self._now(now)))
 
     @property
     def least(self) -> float:

@@ -1,5 +1,6 @@
 """One budget for the output of all connections of a server: who takes the least is closed first."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pants_green._lifecycle import CloseReason
@@ -20,36 +21,48 @@ class Budget:
 
     Args:
         server: whose connections they are.
-        size: bytes.
     """
 
-    __slots__ = ("_looking", "_server", "_slow", "size")
+    __slots__ = ("_looking", "_server", "_slow")
 
-    def __init__(self, server: "Server", size: int) -> None:
+    def __init__(self, server: "Server") -> None:
         self._server = server
-        self.size = size
         self._slow: set[Stream[...]] = set()
         self._looking: Any = None
 
-    def watch(self, stream: "Stream[...]") -> None:
-        """A connection has not taken everything that was written to it: look at it as long as that is so."""
-        self._slow.add(stream)
-        if self._looking is None:
+    def watch(self, streams: "Iterable[Stream[...]]") -> None:
+        """These have not taken everything that was written to them: look at each as long as that is so."""
+        self._slow.update(streams)
+        if self._looking is None and self._slow:
             self._looking = self._server._engine._loop.run_callback(self._look)
 
     def _look(self) -> None:
         """Hub: add up what waits, and close the slowest until it is no longer too much."""
         self._looking = None
-        self._slow = {stream for stream in self._slow if stream._socket is not None and stream._pending}
-        waiting = sum(stream._pending - stream._in_files for stream in self._slow)
-        while waiting > self.size and self._slow:
-            slowest = max(self._slow, key=lambda stream: stream._pending - stream._in_files)
-            self._slow.discard(slowest)
-            size = slowest._pending - slowest._in_files
-            text = f"{waiting} bytes wait to be sent on {self._server!r}, {size} of them on {slowest!r}; write_budget is {self.size}"
-            error = StreamBufferOverflow(text, waiting, self.size)
-            slowest._keep_posted("on_overflow_error", error)
-            slowest._shut(CloseReason.OVERFLOW, error)
-            waiting -= size
+        size = self._server._write_budget
+        if size is None:
+            self._slow.clear()
+            return
+        waiting = {stream: _in_memory(stream) for stream in self._slow if stream._socket is not None and stream._pending}
+        self._slow = set(waiting)
+        total = sum(waiting.values())
+        if total > size:
+            for stream in sorted(waiting, key=waiting.__getitem__, reverse=True):
+                self._close(stream, waiting[stream], total, size)
+                total -= waiting[stream]
+                if total <= size:
+                    break
         if self._slow:
             self._looking = self._server._engine._in_hub_after(LOOK, self._look)
+
+    def _close(self, stream: "Stream[...]", own: int, total: int, size: int) -> None:
+        self._slow.discard(stream)
+        text = f"{total} bytes wait to be sent on {self._server!r}, {own} of them on {stream!r}; write_budget is {size}"
+        error = StreamBufferOverflow(text, total, size, "write_budget")
+        stream._keep_posted("on_overflow_error", error)
+        stream._shut(CloseReason.OVERFLOW, error)
+
+
+def _in_memory(stream: "Stream[...]") -> int:
+    """Return the bytes that wait to be sent, without those that are in files."""
+    return stream._pending - stream._in_files

@@ -135,13 +135,15 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def on_overflow_error(self, exception: StreamBufferOverflow) -> None:
         """More bytes than `buffer_size` wait for their delimiter, or more than `write_limit` to be sent; this is logged by default.
 
+        Or those of all connections of the server are more than its `write_budget`; ``exception.setting`` tells which it was.
+
         *When*: after all complete chunks were delivered. If the delimiter that this leaves, or a larger `buffer_size`, does
         not help, the stream is closed all the same. For output, when `overflow` is "close".
         *Runs in*: the stream's own greenlet.
         *Socket*: open when too much waits for its delimiter; closed for output, and when a Framer has refused a size that was
         announced.
         """
-        self._log(logging.WARNING, "%s", exception, event="overflow")
+        self._report(exception.setting, exception, "overflow")
         self._shut(CloseReason.OVERFLOW, exception)
 
     def on_stopping(self, deadline: float) -> None:
@@ -169,16 +171,21 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def on_timeout(self, which: str) -> None:
         """A time limit was hit; by default this is logged and the stream closed.
 
-        *When*: "read": a chunk has not come whole within `read_timeout`; if an override does not close the stream, the limit
-        starts anew. "write": the peer took nothing for `write_timeout`; ``on_close`` follows.
+        *When*: "read": a chunk has not come whole within `read_timeout`. "idle": nothing came or went for `idle_timeout`. If an
+        override does not close the stream then, the limit starts anew. "write": the peer took nothing for `write_timeout`;
+        ``on_close`` follows.
         *Runs in*: the stream's own greenlet.
-        *Socket*: open for "read", closed for "write".
+        *Socket*: closed for "write", else open.
         """
-        error = self._close_error or self._limit_error(which)
-        self._log(logging.WARNING, "%s", error, event="timeout")
+        error = self._limit_error(which) if self._close_error is None else self._close_error
+        self._report(f"{which}_timeout", error, "timeout")
         self._shut(CloseReason.TIMED_OUT, error)
 
     def _limit_error(self, which: str) -> TimeoutError:
+        raise NotImplementedError
+
+    def _report(self, limit: str, error: BaseException, event: str) -> None:
+        """Log that a limit was hit."""
         raise NotImplementedError
 
     def handle_read(self, *data: Chunk.args, **none: Chunk.kwargs) -> None:

@@ -1,13 +1,12 @@
 """Callbacks that are counted: how long each takes, and how many there are in a second.
 
-Streams without such limits are not slowed down by them: these cut their input chunk by chunk, and come by here for each.
+Streams without such limits are not slowed down by them: those with one cut their input chunk by chunk, and come by here for each.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pants_green._buckets import TokenBucket
+from pants_green._lifecycle import CLOSED
 from pants_green._stream_state import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -17,55 +16,57 @@ __all__ = ["Counter"]
 
 
 class Counter:
-    """Sees every callback of a stream begin and end.
-
-    Args:
-        stream: the stream.
+    """Sees every callback of a stream begin and end. It does not keep the stream, which keeps it.
 
     Attributes:
         running: the name of the callback that runs; None between them.
     """
 
-    __slots__ = ("_bucket", "_stream", "_timer", "running")
+    __slots__ = ("_bucket", "running")
 
     def __init__(self, stream: "Stream[...]") -> None:
-        self._stream = stream
         self._bucket: TokenBucket | None = None
-        self._timer: Any = None
         self.running: str | None = None
-        self.settle()
+        self.settle(stream)
 
-    def settle(self) -> None:
-        """See what `chunk_rate` is."""
-        rate = self._stream._chunk_rate
+    def settle(self, stream: "Stream[...]") -> None:
+        """See what `chunk_rate` is, and `callback_timeout`, also for the callback that runs."""
+        rate = stream._chunk_rate
         if rate is None:
             self._bucket = None
         elif self._bucket is None or self._bucket.rate != rate:
-            self._bucket = TokenBucket(rate, self._stream._engine._clock())
+            self._bucket = TokenBucket(rate, stream._engine._clock())
+        self.restart(stream)
 
-    @contextmanager
-    def callback(self, name: str) -> Iterator[None]:
-        """Run a callback inside of this."""
-        stream = self._stream
-        before = self.running
+    def begin(self, stream: "Stream[...]", name: str) -> None:
+        """A callback begins."""
         self.running = name
-        if stream._callback_timeout is not None and before is None:
-            stream._limit("callback", stream._callback_timeout)
-        try:
-            yield
-        finally:
-            self.running = before
-            if before is None and stream._limits is not None:
-                stream._limits.end("callback")
-            if name == "on_read" and self._bucket is not None:
-                self._bucket.take(1, stream._engine._clock())
-                stream._attention = INTERRUPTED  # see to `pause`
+        self.restart(stream)
 
-    def pause(self) -> bool:
+    def restart(self, stream: "Stream[...]") -> None:
+        """Give the callback that runs, if one does, its whole time from now on: it has just begun, or waited in something of ours."""
+        if self.running is not None and stream._callback_timeout is not None:
+            stream._limit("callback", stream._callback_timeout)
+        elif stream._limits is not None:
+            stream._limits.end("callback")
+
+    def end(self, stream: "Stream[...]") -> None:
+        """It has come to its end."""
+        name, self.running = self.running, None
+        limits = stream._limits
+        if limits is not None:
+            limits.end("callback")
+            if stream._state is CLOSED:
+                limits.cancel()
+                stream._limits = None  # it holds the stream
+        if self._bucket is not None and name == "on_read":
+            self._bucket.take(1, stream._engine._clock())
+            stream._attention = INTERRUPTED  # see to `pause`
+
+    def pause(self, stream: "Stream[...]") -> bool:
         """Wait in the stream's own greenlet, for once, if there have been too many chunks; tell whether it did."""
         if self._bucket is None:
             return False
-        stream = self._stream
         delay = self._bucket.delay(stream._engine._clock())
         if not delay:
             return False

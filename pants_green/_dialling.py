@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pants_green import _sockets
 from pants_green._address import AF_UNIX, Address, format_address, parse_address
-from pants_green._lifecycle import CONNECTING, CloseReason
+from pants_green._lifecycle import CONNECTING, NEW, CloseReason
 from pants_green.errors import InvalidAddressFormatError, StreamConnectError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def dial(stream: "Stream[...]", address: Address) -> StreamConnectError | None:
 
 def give_up(stream: "Stream[...]") -> None:
     """Hub: the time for dialling is up."""
-    if stream._state is not CONNECTING:
+    if stream._state is not CONNECTING and stream._state is not NEW:
         return
     text = f"cannot connect to {format_address(stream._remote)} within connect_timeout, {stream._connect_timeout:g} seconds"
     if stream._race is not None and stream._race.failures:

@@ -7,10 +7,10 @@ import logging
 import signal
 from typing import TYPE_CHECKING, Any
 
-from pants_green._lifecycle import CLOSED
 from pants_green.errors import ChannelStateError
 
 if TYPE_CHECKING:
+    from pants_green.channel import Channel
     from pants_green.engine import Engine
 
 __all__ = ["Drain"]
@@ -26,6 +26,8 @@ LOOK = 0.02
 class Drain:
     """Listens for signals, and ends an engine gracefully at the first.
 
+    Servers come first: the callbacks of their connections may need the clients and the datagrams to the last.
+
     Args:
         engine: the engine; it runs.
         timeout: seconds that the channels have.
@@ -34,13 +36,17 @@ class Drain:
         ChannelStateError: this is not the main thread.
     """
 
-    __slots__ = ("_before", "_deadline", "_engine", "_timeout", "_timer")
+    __slots__ = ("_all_asked", "_asked", "_before", "_deadline", "_engine", "_over", "_timeout", "_timer")
 
     def __init__(self, engine: "Engine", timeout: float) -> None:
         self._engine = engine
         self._timeout = timeout
         self._deadline: float | None = None
         self._timer: Any = None
+        #: Channels that were asked, of which something may be left; whether they are all.
+        self._asked: list[Channel] = []
+        self._all_asked = False
+        self._over = False
         self._before: dict[int, Any] = {}
         try:
             for number in SIGNALS:
@@ -51,6 +57,7 @@ class Drain:
 
     def end(self) -> None:
         """Leave the signals to whom they belonged before."""
+        self._over = True
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._signalled:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -63,6 +70,8 @@ class Drain:
 
     def _begin(self, number: int) -> None:
         """Hub: a signal came."""
+        if self._over:
+            return
         name = signal.Signals(number).name
         engine = self._engine
         if self._deadline is not None:
@@ -71,24 +80,46 @@ class Drain:
             return
         self._say(logging.INFO, "%s: ending gracefully, within %g seconds", name, self._timeout)
         self._deadline = engine._clock() + self._timeout
-        for root in list(engine._roots):
-            if root._state is not CLOSED:
-                root._end_gracefully(self._timeout, self._deadline)
+        self._ask([root for root in engine._roots if root._ends_first])
         self._look()
+
+    def _ask(self, channels: "list[Channel]") -> None:
+        """Hub: ask channels to come to their end."""
+        assert self._deadline is not None
+        self._asked = channels
+        for channel in channels:
+            channel._end_gracefully(self._deadline)
 
     def _look(self) -> None:
         """Hub: see whether anything is left."""
         engine = self._engine
         assert self._deadline is not None
-        if not engine._roots and not engine._lingering:
+        if not self._all_asked and not self._any_left():
+            self._all_asked = True
+            self._ask(list(engine._roots))
+        left = self._deadline - engine._clock()
+        if self._all_asked and not self._any_left() and not engine._roots and not engine._lingering:
             engine.stop()
-        elif engine._clock() >= self._deadline:
-            self._say(logging.WARNING, "the time is up, with %d channels left, which are aborted", len(engine.channels))
-            for channel in engine.channels:
-                channel._cut_off()
+        elif left <= 0:
+            self._cut_off()
             engine.stop()
         else:
-            self._timer = engine._in_hub_after(LOOK, self._look)
+            self._timer = engine._in_hub_after(min(LOOK, left), self._look)
+
+    def _any_left(self) -> bool:
+        """Tell whether anything is left of those that were asked."""
+        asked = self._asked
+        while asked and asked[-1]._is_over():
+            asked.pop()
+        return bool(asked)
+
+    def _cut_off(self) -> None:
+        """Hub: the time is up."""
+        channels = self._engine.channels
+        if channels:
+            self._say(logging.WARNING, "the time is up; %d channels are aborted", len(channels))
+        for channel in channels:
+            channel._cut_off()
 
     def _say(self, level: int, message: str, *args: Any) -> None:
         # Not in the hub: a log handler may wait.

@@ -142,9 +142,13 @@ class Inbox:
             self.one_by_one = True
         self.plain = not (self.one_by_one or (framer is not None and framer.spread))
 
-    def begin_again(self, framer: Framer[Any] | None) -> None:
-        """Cut whole receives again, if the framer can: nothing waits, and what made it one chunk after the other is over."""
-        self.one_by_one = False
+    def begin_again(self, framer: Framer[Any] | None, one_by_one: bool = False) -> None:
+        """Cut whole receives again, if the framer can: nothing waits, and what made it one chunk after the other is over.
+
+        Args:
+            one_by_one: whether something else does so still.
+        """
+        self.one_by_one = one_by_one
         self.use(framer)
 
     def forget_search(self) -> None:

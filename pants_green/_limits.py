@@ -42,6 +42,10 @@ class Limits:
         """Tell whether a limit has been started and has not ended."""
         return which in self._deadlines
 
+    def end_all_but(self, which: str) -> None:
+        """Stop all of them but one."""
+        self._deadlines = {name: deadline for name, deadline in self._deadlines.items() if name == which}
+
     def cancel(self) -> None:
         """Stop all of them."""
         self._deadlines.clear()

@@ -4,63 +4,69 @@ Streams without such limits have nothing of the kind in between.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pants_green._buckets import TokenBucket
 from pants_green._sockets import Ports
-
-if TYPE_CHECKING:
-    from pants_green.stream import Stream
+from pants_green.engine import Engine
 
 __all__ = ["Meter"]
 
 
 class Meter:
-    """Ports of a stream that lead to those of its socket.
+    """Leads to the ports of a socket, and is the read watcher among those that it offers instead.
+
+    As that it knows when the stream waits for input, and makes it wait until there may be some: first for the time, then for the
+    socket. It does not know the stream, which knows it.
 
     Args:
-        stream: the stream.
-        ports: those of its socket.
+        engine: the stream's.
+        raw: the ports of its socket.
+        rate: bytes that may be received per second; None: no limit.
 
     Attributes:
-        ports: what the stream, or its TLS, is to use instead.
-        active: when something was last received or sent, by the engine's clock.
+        raw: as above.
+        active: when something was last sent, or waiting for input last began, by the engine's clock.
+        listening: whether something that comes would be noticed at once.
     """
 
-    __slots__ = ("_clock", "_recv", "_send", "_stream", "active", "bucket", "ports")
+    __slots__ = ("_bucket", "_clock", "_engine", "_reader", "_recv", "_send", "_timer", "active", "listening", "raw")
 
-    def __init__(self, stream: "Stream[...]", ports: Ports) -> None:
-        self._stream = stream
-        self._clock = stream._engine._clock
+    def __init__(self, engine: Engine, raw: Ports, rate: float | None) -> None:
+        self._engine = engine
+        self._clock = engine._clock
+        self.raw = raw
+        self._recv, self._send, self._reader, _ = raw
+        self._bucket: TokenBucket | None = None
+        self._timer: Any = None
         self.active = self._clock()
-        self._recv, self._send, reader, writer = ports
-        self.bucket: TokenBucket | None = None
-        self.ports: Ports = (self._receive, self._transmit, PacedReader(self, stream._engine, reader), writer)
-        self.settle()
+        self.listening = False
+        self.settle(rate)
 
-    def settle(self) -> None:
-        """See what `read_rate` is."""
-        rate = self._stream._read_rate
+    def ports(self) -> Ports:
+        """Return what the stream, or its TLS, is to use instead; not kept here, which would be a circle."""
+        return self._receive, self._transmit, self, self.raw[3]
+
+    def settle(self, rate: float | None) -> None:
+        """Let so many bytes through per second from now on; None: all that come."""
         if rate is None:
-            self.bucket = None
-        elif self.bucket is None or self.bucket.rate != rate:
-            self.bucket = TokenBucket(rate, self._clock())
+            self._bucket = None
+        elif self._bucket is None or self._bucket.rate != rate:
+            self._bucket = TokenBucket(rate, self._clock())
 
-    def delay(self) -> float:
-        """Return the seconds until something may be received."""
-        return 0.0 if self.bucket is None else self.bucket.delay(self._clock())
+    def touch(self) -> None:
+        """Something is done, or was."""
+        self.active = self._clock()
 
     def _receive(self, size: int) -> bytes:
+        bucket = self._bucket
+        if bucket is None:
+            return self._recv(size)
         now = self._clock()
-        bucket = self.bucket
-        if bucket is not None:
-            if bucket.delay(now):
-                raise BlockingIOError
-            size = min(size, bucket.available(now))
-        data = self._recv(size)
-        self.active = now
-        if bucket is not None:
-            bucket.take(len(data), now)
+        if bucket.delay(now):
+            raise BlockingIOError
+        data = self._recv(min(size, bucket.available(now)))
+        bucket.take(len(data), now)
         return data
 
     def _transmit(self, data: bytes | memoryview) -> int:
@@ -68,33 +74,26 @@ class Meter:
         self.active = self._clock()
         return sent
 
-
-class PacedReader:
-    """Stands in the place of a read watcher, and waits for the time when something may be received before it waits for the socket."""
-
-    __slots__ = ("_engine", "_meter", "_raw", "_timer")
-
-    def __init__(self, meter: Meter, engine: Any, raw: Any) -> None:
-        self._meter = meter
-        self._engine = engine
-        self._raw = raw
-        self._timer: Any = None
+    # ---- the read watcher
 
     def start(self, callback: Callable[..., Any], *args: Any) -> None:
         """Call `callback` when there is something that may be received."""
-        delay = self._meter.delay()
+        delay = 0.0 if self._bucket is None else self._bucket.delay(self._clock())
         if delay:
-            self._timer = self._engine._in_hub_after(delay, self._start_raw, callback, *args)
+            self._timer = self._engine._in_hub_after(delay, self._listen, callback, *args)
         else:
-            self._raw.start(callback, *args)
+            self._listen(callback, *args)
 
-    def _start_raw(self, callback: Callable[..., Any], *args: Any) -> None:
+    def _listen(self, callback: Callable[..., Any], *args: Any) -> None:
         self._timer = None
-        self._raw.start(callback, *args)
+        self.active = self._clock()
+        self.listening = True
+        self._reader.start(callback, *args)
 
     def stop(self) -> None:
         """Do so no more."""
+        self.listening = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._raw.stop()
+        self._reader.stop()

@@ -1,10 +1,16 @@
 """Networks, to tell whether an address is in one of them; pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
-__all__ = ["Networks", "client_of"]
+__all__ = ["Client", "Networks", "client_of"]
+
+#: Whom connections come from: an IP address, or "unix".
+Client = IPv4Address | IPv6Address | str
+
+#: What IPv4 addresses are in IPv6.
+MAPPED = ip_network("::ffff:0:0/96")
 
 
 class Networks:
@@ -37,7 +43,7 @@ class Networks:
                 raise TypeError(f"{name}: {one!r} is no network; give a str, such as '10.0.0.0/8'")
             else:
                 try:
-                    self._networks.append(ip_network(one))
+                    self._networks.append(_unmapped(ip_network(one)))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; give an address or a network, such as '10.0.0.0/8'") from None
 
@@ -48,11 +54,22 @@ class Networks:
             return self._unix
         return any(client.version == one.version and client in one for one in self._networks)
 
+    def __iter__(self) -> Iterator[str]:
+        """Give them as str, so that others can be made of these and some more."""
+        return iter([*map(str, self._networks), *["unix"] * self._unix])
+
     def __repr__(self) -> str:
-        return f"[{', '.join([*map(str, self._networks), *['unix'] * self._unix])}]"
+        return repr(list(self))
 
 
-def client_of(sockaddr: Any) -> IPv4Address | IPv6Address | str:
+def _unmapped(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:
+    """Return the network of IPv4 for one that was given as it is in IPv6."""
+    if isinstance(network, IPv6Network) and network.subnet_of(MAPPED):  # type: ignore[arg-type]
+        return ip_network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+    return network
+
+
+def client_of(sockaddr: Any) -> Client:
     """Return whom a socket address belongs to: an IP address (one of IPv4 that came as IPv6 is of IPv4), or "unix" for all others."""
     if not isinstance(sockaddr, tuple):
         return "unix"

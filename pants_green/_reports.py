@@ -5,52 +5,103 @@ from typing import Any
 
 __all__ = ["Reports"]
 
-#: Lines about one limit, and the seconds in which there are no more of them.
+#: Lines about one limit, and the seconds in which there are no more of them, but for a last one that sums the others up.
 MOST = 10
 WITHIN = 10.0
 
 
 class Reports:
-    """What a server says about its limits.
+    """What a server says about its limits, and those of its connections.
 
     Args:
-        channel: whose log it is.
+        server: the channel whose log it is.
     """
 
-    __slots__ = ("_begun", "_channel", "_left_out", "_said")
+    __slots__ = ("_server", "_windows")
 
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
-        self._begun: dict[str, float] = {}
-        self._said: dict[str, int] = {}
-        self._left_out: dict[str, int] = {}
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._windows: dict[str, _Window] = {}
 
-    def tell(self, limit: str, value: Any, message: str, *args: Any, level: int = logging.WARNING) -> None:
+    def tell(
+        self,
+        limit: str,
+        value: Any,
+        message: str,
+        *args: Any,
+        level: int = logging.WARNING,
+        channel: Any = None,
+        event: str = "limit",
+        logger: logging.Logger | None = None,
+    ) -> None:
         """Say that a limit was hit.
 
         Args:
             limit: the name of its setting. value: what that is set to.
-            message, args: what happened, and to whom.
+            message, args: what happened, and to whom; of the server's own limits, the limit and its value are put before it.
+            level: of the record; what is less than a warning is said each time.
+            channel: whose limit it is, if not the server's: the record's ``channel``, which also tells its ``peer``.
+            event, logger: as of other records.
         """
-        now = self._channel._engine._clock()
-        if now - self._begun.get(limit, -WITHIN) >= WITHIN:
-            self._begun[limit] = now
-            self._said[limit] = 0
-            left_out = self._left_out.pop(limit, 0)
-            if left_out:
-                self._log(level, limit, value, "and %d more since then", left_out)
-        if self._said[limit] < MOST:
-            self._said[limit] += 1
-            self._log(level, limit, value, message, *args)
-        else:
-            self._left_out[limit] = self._left_out.get(limit, 0) + 1
+        if level < logging.WARNING or self._may_say(limit, value):
+            if channel is None and logger is None:
+                message, args = "%s, %s: " + message, (limit, value, *args)
+            (channel or self._server)._log(level, message, *args, event=event, logger=logger)
 
     def tell_once(self, limit: str, value: Any, message: str) -> None:
         """Say that a limit holds things up, unless that was said lately: it does so again and again."""
-        now = self._channel._engine._clock()
-        if now - self._begun.get(limit, -WITHIN) >= WITHIN:
-            self._begun[limit] = now
-            self._log(logging.WARNING, limit, value, message)
+        if self._window_of(limit, value).said == 0:
+            self.tell(limit, value, message)
 
-    def _log(self, level: int, limit: str, value: Any, message: str, *args: Any) -> None:
-        self._channel._log(level, "%s, %s: " + message, limit, value, *args, event="limit")
+    def _window_of(self, limit: str, value: Any) -> "_Window":
+        now = self._server._engine._clock()
+        window = self._windows.get(limit)
+        if window is None or now - window.begun >= WITHIN:
+            if window is not None:
+                self._sum_up(limit)
+            window = self._windows[limit] = _Window(value, now)
+        return window
+
+    def _may_say(self, limit: str, value: Any) -> bool:
+        window = self._window_of(limit, value)
+        if window.said < MOST:
+            window.said += 1
+            return True
+        if not window.left_out:
+            left = window.begun + WITHIN - self._server._engine._clock()
+            window.timer = self._server._engine._in_hub_after(max(left, 0.0), self._sum_up, limit)
+        window.left_out += 1
+        return False
+
+    def _sum_up(self, limit: str) -> None:
+        """Say how often there was nothing said about a limit."""
+        window = self._windows.pop(limit)
+        if window.timer is not None:
+            window.timer.cancel()
+            message = "%s, %s: %d more within %g seconds, of which nothing was said"
+            self._server._log(logging.WARNING, message, limit, window.value, window.left_out, WITHIN, event="limit")
+
+    def close(self) -> None:
+        """Say what is left to be said."""
+        for limit in list(self._windows):
+            self._sum_up(limit)
+
+    def forget(self) -> None:
+        """In a forked child: leave that to the parent."""
+        for window in self._windows.values():
+            if window.timer is not None:
+                window.timer.cancel()
+        self._windows.clear()
+
+
+class _Window:
+    """Some seconds in which a limit is hit again and again."""
+
+    __slots__ = ("begun", "left_out", "said", "timer", "value")
+
+    def __init__(self, value: Any, begun: float) -> None:
+        self.value = value
+        self.begun = begun
+        self.said = 0
+        self.left_out = 0
+        self.timer: Any = None

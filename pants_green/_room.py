@@ -54,6 +54,8 @@ def own_wait(stream: "Stream[...]", mark: int, watcher: Any = None, alarm: Any =
     finally:
         stream._own_mark = -1
         stream._room_at = _next_mark(stream)
+        if stream._counter is not None:
+            stream._counter.restart(stream)
 
 
 def _wait_in_line(stream: "Stream[...]", mark: int, enough: int) -> None:
@@ -93,7 +95,7 @@ def stalled(stream: "Stream[...]", sent: int) -> None:
         stream._limit("write", stream._write_timeout)
     stream._room_at = max(stream._room_at, 0)  # when all is sent, the limit ends
     if stream._server is not None and stream._server._budget is not None:
-        stream._server._budget.watch(stream)
+        stream._server._budget.watch((stream,))
 
 
 def made(stream: "Stream[...]") -> None:
@@ -171,6 +173,6 @@ def _turn_away(stream: "Stream[...]", data: bytes) -> None:
     elif stream._socket is not None:
         size, limit = stream._pending, stream._write_limit
         message = f"{size} bytes wait to be sent on {stream!r}, whose peer does not take them; write_limit is {limit}"
-        error = StreamBufferOverflow(message, size, limit)
+        error = StreamBufferOverflow(message, size, limit, "write_limit")
         stream._keep_posted("on_overflow_error", error)
         stream._shut(CloseReason.OVERFLOW, error)

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 from pants_green._address import format_address
 from pants_green._buckets import TokenBucket
 from pants_green._lifecycle import LISTENING
-from pants_green._networks import Networks, client_of
+from pants_green._networks import Client, Networks, client_of
 from pants_green._server_proxy import ServerProxy, networks
 from pants_green._settings import Setting, per_second, positive_count
 
 __all__ = ["ServerLimits"]
+
+NOBODY: Any = object()
 
 
 def _networks_or_none(name: str, value: Any) -> Networks | None:
@@ -31,13 +33,14 @@ class Limit(Setting[Any]):
 class ServerLimits(ServerProxy):
     """The part of a server that says who may come in. Not made by itself."""
 
-    __slots__ = ("_active", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended", "_throttles")
+    __slots__ = ("_active", "_bucket", "_by_client", "_held", "_hold_timer", "_let_in", "_suspended")
 
     #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
-    #: are accepted as others end. Connections in their TLS handshake, and such as are still sending, count.
+    #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count.
     max_connections: Setting[int | None] = Limit(None, positive_count)
 
     #: Connections at a time from one IP address, or from all Unix sockets together; None: no limit. Those that are more are closed.
+    #: Of IPv6 a single host has many addresses as a rule.
     max_connections_per_ip: Setting[int | None] = Limit(None, positive_count)
 
     #: Connections accepted per second, and as many at once; None: no limit. Those that are more wait in the backlog.
@@ -65,9 +68,11 @@ class ServerLimits(ServerProxy):
 
     def __init__(self, engine: Any, proxy_protocol: str | None, trusted: Iterable[Any] | None) -> None:
         super().__init__(engine, proxy_protocol, trusted)
-        #: Connections whose greenlet is at work. And how many each client has, while that is limited.
+        #: How many connections there are: greenlets that are at work for one. Of those that were let in, the greenlet and the peer's
+        #: address; and how many each client has of these, while that is limited.
         self._active = 0
-        self._by_client: dict[Any, int] = {}
+        self._let_in: dict[Any, Any] = {}
+        self._by_client: dict[Client, int] | None = None
         #: Whether accepting pauses until one of them ends, or until the timer's time has come; whether suspend() holds.
         self._held = False
         self._hold_timer: Any = None
@@ -76,14 +81,14 @@ class ServerLimits(ServerProxy):
         self._limits_changed()
 
     def _limits_changed(self) -> None:
-        """Work out what there is to look at: for most servers nothing."""
-        rate = self._accept_rate
-        if rate is None:
-            self._bucket = None
-        elif self._bucket is None or self._bucket.rate != rate:
-            self._bucket = TokenBucket(rate, self._engine._clock())
-        self._throttles = self._max_connections is not None or rate is not None
-        self._checks = self._max_connections_per_ip is not None or self._allow is not None or self._deny is not None
+        """What may come in has changed: that holds from now on."""
+        if self._max_connections_per_ip is None:
+            self._by_client = None
+        elif self._by_client is None:
+            self._by_client = {}
+            for remote in self._let_in.values():
+                client = client_of(remote)
+                self._by_client[client] = self._by_client.get(client, 0) + 1
         if self._held or self._hold_timer is not None:
             self._engine._enter()
             self._hold_no_more()
@@ -92,22 +97,28 @@ class ServerLimits(ServerProxy):
     # ---- before a connection is accepted
 
     def _may_accept(self) -> bool:
-        """Hub: tell whether one more connection may be accepted; if not, see to it that accepting goes on when it may."""
+        """Hub: tell whether one more connection may be accepted now."""
+        most, rate = self._max_connections, self._accept_rate
+        if most is not None and self._active >= most:
+            return False
+        if rate is None:
+            self._bucket = None
+            return True
+        now = self._engine._clock()
+        if self._bucket is None or self._bucket.rate != rate:
+            self._bucket = TokenBucket(rate, now)
+        return not self._bucket.delay(now)
+
+    def _hold(self) -> None:
+        """Hub: connections wait that may not be accepted yet. See to it that they are when they may."""
+        self._stop_accepting()
         most = self._max_connections
         if most is not None and self._active >= most:
             self._held = True
-            self._stop_accepting()
             self._reports.tell_once("max_connections", most, "further connections wait until others end")
-            return False
-        if self._bucket is not None:
-            now = self._engine._clock()
-            delay = self._bucket.delay(now)
-            if delay:
-                self._stop_accepting()
-                self._hold_timer = self._engine._in_hub_after(delay, self._hold_is_over)
-                self._reports.tell_once("accept_rate", f"{self._accept_rate:g} per second", "further connections wait")
-                return False
-        return True
+        elif self._bucket is not None:
+            self._hold_timer = self._engine._in_hub_after(self._bucket.delay(self._engine._clock()), self._hold_is_over)
+            self._reports.tell_once("accept_rate", self._accept_rate, "further connections wait")
 
     def _count_accepted(self) -> None:
         """Hub: a connection was accepted."""
@@ -142,33 +153,48 @@ class ServerLimits(ServerProxy):
 
     # ---- once its client is known
 
-    def _let_in(self, sock: Any, remote: Any) -> Any:
-        """Tell whether a client may come in: return who it is, to be handed to ``_let_out``; or close the socket and return None."""
+    def _admit(self, worker: Any, sock: Any, remote: Any) -> bool:
+        """Tell whether a client may come in; if not the socket is closed."""
         if self._deny is not None and remote in self._deny:
             self._reports.tell("deny", self._deny, "the connection of %s was closed", format_address(remote))
         elif self._allow is not None and remote not in self._allow:
             self._reports.tell("allow", self._allow, "the connection of %s was closed", format_address(remote))
-        else:
-            client = client_of(remote)
-            count = self._by_client.get(client, 0)
-            most = self._max_connections_per_ip
-            if most is None or count < most:
-                self._by_client[client] = count + 1
-                return client
+        elif self._by_client is not None and not self._count_client(self._by_client, client_of(remote)):
             text = "one more connection of %s was closed"
-            self._reports.tell("max_connections_per_ip", most, text, format_address(remote))
-        sock.close()
-        return None
-
-    def _let_out(self, client: Any) -> None:
-        count = self._by_client[client] - 1
-        if count:
-            self._by_client[client] = count
+            self._reports.tell("max_connections_per_ip", self._max_connections_per_ip, text, format_address(remote))
         else:
-            del self._by_client[client]
+            self._let_in[worker] = remote
+            return True
+        sock.close()
+        return False
+
+    def _count_client(self, by_client: "dict[Client, int]", client: "Client") -> bool:
+        """Count one more connection of a client, unless that is too many."""
+        count = by_client.get(client, 0)
+        most = self._max_connections_per_ip
+        if most is not None and count >= most:
+            return False
+        by_client[client] = count + 1
+        return True
+
+    def _let_out(self, worker: Any) -> None:
+        """A connection has ended, if it was let in at all."""
+        remote = self._let_in.pop(worker, NOBODY)
+        if self._by_client is not None and remote is not NOBODY:
+            client = client_of(remote)
+            count = self._by_client[client] - 1
+            if count:
+                self._by_client[client] = count
+            else:
+                del self._by_client[client]
 
     def _after_fork(self) -> None:
         self._active = 0
-        self._by_client.clear()
-        self._hold_no_more()
+        self._let_in.clear()
+        if self._by_client is not None:
+            self._by_client = {}
+        self._reports.forget()
         super()._after_fork()
+        if self._held or self._hold_timer is not None:
+            self._hold_no_more()
+            self._resume_accepting()  # the connections for which it waited are the parent's

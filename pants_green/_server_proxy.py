@@ -29,9 +29,9 @@ def networks(name: str, value: Any) -> Networks:
 
 
 def _version(name: str, value: Any) -> str | None:
-    if value is not None and value not in VERSIONS:
+    if value is not None and (not isinstance(value, str) or value not in VERSIONS):
         raise ValueError(f"{name} is 'v1', 'v2', 'auto' for either, or None, not {value!r}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 class ServerProxy(ServerTLS):
@@ -88,7 +88,7 @@ class ServerProxy(ServerTLS):
             header = greeting.read_header(read, self._proxy_timeout)
         except Exception as error:
             sock.close()
-            self._without_header(remote, error)
+            self._without_header(remote, error.with_traceback(None))
             return None
         except BaseException:
             sock.close()
@@ -104,7 +104,8 @@ class ServerProxy(ServerTLS):
         """No header came: it costs that connection and nothing else."""
         if self._state is not LISTENING and self._state is not STOPPING:
             return
-        left = isinstance(error, OSError) and not isinstance(error, TimeoutError)
-        level = logging.DEBUG if left else logging.WARNING
         message = "no header from %s, whose connection was closed: %s"
-        self._reports.tell("proxy_protocol", self._proxy_protocol, message, format_address(remote), error, level=level)
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            self._log(logging.DEBUG, message, format_address(remote), error, event="peer_left")
+        else:
+            self._reports.tell("proxy_protocol", self._proxy_protocol, message, format_address(remote), error)

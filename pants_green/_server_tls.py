@@ -12,12 +12,13 @@ from pants_green._address import format_address
 from pants_green._certificates import EXPIRY_WARNING, CertificateWatch
 from pants_green._greeting import Greeting
 from pants_green._lifecycle import CLOSED, LISTENING
+from pants_green._reports import Reports
 from pants_green._settings import Setting, seconds
 from pants_green._tls import Filter, TLSTruncated
 from pants_green._tls_options import TLSOptions
 from pants_green._tls_socket import TLSSocket
 from pants_green.channel import TLS_LOGGER, Channel
-from pants_green.errors import ChannelStateError
+from pants_green.errors import ChannelStateError, HandshakeTimeout
 
 __all__ = ["ServerTLS", "silence"]
 
@@ -38,6 +39,8 @@ class ServerTLS(Channel):
 
     #: Seconds that the TLS handshake of an accepted connection may take; None: no limit.
     handshake_timeout: Setting[float | None] = Setting(10.0, seconds)
+
+    _reports: Reports
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -215,5 +218,7 @@ class ServerTLS(Channel):
         left = isinstance(exception, TLSTruncated) or (isinstance(exception, OSError) and exception.errno in _sockets.PEER_LEFT)
         level = logging.DEBUG if left else logging.WARNING
         message = "the TLS handshake with %s failed: %s"
-        self._log(level, message, format_address(addr), exception, event="handshake_error", logger=TLS_LOGGER)
+        limit, value = ("handshake_timeout", self.handshake_timeout) if isinstance(exception, HandshakeTimeout) else ("TLS", "failed")
+        args = format_address(addr), exception
+        self._reports.tell(limit, value, message, *args, level=level, event="handshake_error", logger=TLS_LOGGER)
         sock.close()

@@ -135,12 +135,16 @@ def seconds(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number of seconds, or None for no limit, not {value!r}")
-    try:
-        if math.isfinite(value) and value > 0:
-            return value
-    except OverflowError:
-        pass  # an int that no float can hold
+    if _positive(value):
+        return value
     raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r:.100}")
+
+
+def _positive(value: float) -> bool:
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:
+        return False  # an int that no float can hold
 
 
 def positive_count(name: str, value: Any) -> int | None:
@@ -160,7 +164,7 @@ def per_second(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number per second, or None for no limit, not {value!r}")
-    if not 0 < value < math.inf:
+    if not _positive(value):
         raise ValueError(f"{name} is a finite number per second and more than 0, or None for no limit, not {value!r:.100}")
     return value
 

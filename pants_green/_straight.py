@@ -49,6 +49,8 @@ def read(stream: "Stream[...]", delimiter: Any, timeout: Any) -> Any:
     finally:
         stream._in_read = False
         inbox.forget_search()
+        if stream._counter is not None:
+            stream._counter.restart(stream)
 
 
 def _framer(stream: "Stream[...]", delimiter: Any) -> Framer[Any] | None:

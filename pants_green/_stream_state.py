@@ -21,7 +21,6 @@ from pants_green._tls import Filter
 from pants_green._tls_options import TLSOptions
 from pants_green.channel import Channel
 from pants_green.framing import Framer
-from pants_green.proxy_protocol import ProxyHeader
 
 if TYPE_CHECKING:
     from pants_green.server import Server
@@ -197,7 +196,8 @@ class StreamState(StreamCallbacks[Chunk]):
     #: Seconds that ``connect()`` may take, from the call on: looking the name up, and all attempts; None: no limit.
     connect_timeout: Setting[float | None] = TimeLimit(30.0, seconds)
 
-    #: Seconds without a byte in either direction, and without a callback at work; None: no limit. See ``on_timeout``.
+    #: Seconds without a byte in either direction; None: no limit. See ``on_timeout``. They begin anew after a callback, also one
+    #: that waits in ``read()``, after ``pause()``, and when what was written has been sent.
     idle_timeout: Setting[float | None] = Measured(None, seconds)
 
     #: Bytes that are received per second, and as many at once; None: no limit. Nothing is lost: the peer is held up.
@@ -207,7 +207,8 @@ class StreamState(StreamCallbacks[Chunk]):
     chunk_rate: Setting[float | None] = CountedSetting(None, per_second)
 
     #: Seconds that a callback may take, but for ``on_close``; None: no limit. After that CallbackTimeout is raised in it, where it
-    #: waits; a callback that calculates, or waits in ``read()``, ``drain()`` or ``write()``, is not interrupted.
+    #: waits, and again after as long if it goes on; one that only calculates is not interrupted. While it waits in the stream's own
+    #: ``read()``, ``drain()`` or ``write()`` that does not count, and they begin anew.
     callback_timeout: Setting[float | None] = CountedSetting(None, seconds)
 
     #: Seconds for which the descriptor is kept at most after ``end()``, for a peer that is still sending; after 5 without a byte it
@@ -253,7 +254,9 @@ class StreamState(StreamCallbacks[Chunk]):
     _in_files = 0
     #: When it is aborted if it does not come to its end, as it was asked to.
     _stop_by: float | None = None
-    _proxy_header: ProxyHeader | None = None
+    #: What a proxy has said of it, or what a client is to send; and that, while it is still to be sent.
+    _proxy_header: Any = None
+    _preface: Any = None
     #: Bytes that were dropped when the stream was closed.
     _unsent = 0
     _decoder: Incremental | None = None
@@ -360,8 +363,8 @@ class StreamState(StreamCallbacks[Chunk]):
         return self._stop_by is not None
 
     @property
-    def proxy_header(self) -> ProxyHeader | None:
-        """What the proxy in front of the server has said of this connection; None without one. See ``Server.proxy_protocol``."""
+    def proxy_header(self) -> Any:  # what a Client has under this name is of other types, too
+        """The ProxyHeader that the proxy in front of the server has sent; None without one. See ``Server.proxy_protocol``."""
         return self._proxy_header
 
     @property
@@ -466,7 +469,20 @@ class StreamState(StreamCallbacks[Chunk]):
         """Have ``on_stopping`` called, once."""
         if self._stop_by is None and self._state.connected:
             self._stop_by = deadline
-            self._post("on_stopping", deadline)
+            self._post("_tell_stopping")
+
+    def _tell_stopping(self) -> None:
+        """Posted: call on_stopping, unless the connection has begun to end by itself meanwhile."""
+        if self._state.connected:
+            self._call("on_stopping", self._stop_by)
+
+    def _report(self, limit: str, error: BaseException, event: str) -> None:
+        """Log that a limit was hit: with the server's other reports, of which there are not too many, if there is a server."""
+        if self._server is None:
+            self._log(logging.WARNING, "%s", error, event=event)
+        else:
+            value = getattr(error, "limit", 0) or getattr(self, limit, None)
+            self._server._reports.tell(limit, value, "%s", error, channel=self, event=event)
 
     def _in_chunk(self) -> bool:
         return len(self._inbox) > 0
@@ -489,7 +505,8 @@ class StreamState(StreamCallbacks[Chunk]):
         """Return what has been set on a stream that was not connected yet, for `_begin_anew`: in slots, and without."""
         slots = {setting.slot for setting in type(self)._settings.values() if setting.slot in OF_ONE_CONNECTION}
         names = (*slots, "_framer", "_mark", "_paused", "_secure")
-        return {name: getattr(self, name) for name in names}, {name: self.__dict__[name] for name in self.__dict__.keys() & COLD}
+        cold = self.__dict__.keys() & COLD - {"_meter", "_counter"}
+        return {name: getattr(self, name) for name in names}, {name: self.__dict__[name] for name in cold}
 
     def _begin_anew(self, chosen: tuple[dict[str, Any], dict[str, Any]]) -> None:
         """Be as the constructor has left it, with what was set then; whatever else the user has put on the stream stays."""
@@ -505,7 +522,7 @@ class StreamState(StreamCallbacks[Chunk]):
             setattr(self, name, value)
         if isinstance(self._framer, Incremental):
             self._framer = self._framer.fresh()
-        self._inbox.begin_again(self._framer)
+        self._inbox.begin_again(self._framer, self._counted)
 
 
 #: The slots that are about the connection at hand.

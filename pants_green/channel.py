@@ -17,8 +17,8 @@ from pants_green.errors import ChannelClosed, ChannelStateError
 
 __all__ = ["Channel"]
 
-#: Reasons of closing that are the peer's doing: a write() that comes too late for them is nobody's mistake.
-PEER_DOING = frozenset(
+#: Reasons of closing that are not the callbacks' doing: a write() that comes too late for them is nobody's mistake.
+DONE_TO_US = frozenset(
     {
         CloseReason.PEER_ENDED,
         CloseReason.PEER_LEFT,
@@ -27,6 +27,7 @@ PEER_DOING = frozenset(
         CloseReason.OVERFLOW,
         CloseReason.TIMED_OUT,
         CloseReason.TLS_FAILED,
+        CloseReason.STOPPED,
     }
 )
 
@@ -164,8 +165,8 @@ class Channel(metaclass=SettingsType):
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self._shut(CloseReason.CALLBACK_ERROR, error)
             self._engine._interrupt(error)
-        elif isinstance(error, ChannelClosed) and error.channel is self and self._close_reason in PEER_DOING:
-            self._log(logging.DEBUG, "%s wrote after the peer had left", name, event="late_write")
+        elif isinstance(error, ChannelClosed) and error.channel is self and self._close_reason in DONE_TO_US:
+            self._log(logging.DEBUG, "%s wrote too late: %s", name, self._close_reason, event="late_write")
         elif name in ("on_error", "on_close"):
             self._log(logging.ERROR, "%s raised %r", name, error, event="callback_error", exc_info=error)
             self._shut(CloseReason.CALLBACK_ERROR, error)
@@ -259,9 +260,16 @@ class Channel(metaclass=SettingsType):
         """Close now, for `reason`; does nothing on a closed channel."""
         raise NotImplementedError
 
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
-        """Hub: come to an end within `timeout` seconds, at `deadline` by the engine's clock, after what is owed."""
+    #: Whether it ends before the others do when everything ends gracefully.
+    _ends_first: ClassVar[bool] = False
+
+    def _end_gracefully(self, deadline: float) -> None:
+        """Hub: come to an end until `deadline`, by the engine's clock, after what is owed."""
         raise NotImplementedError
+
+    def _is_over(self) -> bool:
+        """Tell whether nothing is left of it, not even a callback that runs."""
+        return self._state is CLOSED and self._greenlet is None
 
     def _cut_off(self) -> None:
         """Hub: close without waiting for anything: the time is up."""

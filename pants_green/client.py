@@ -4,17 +4,22 @@ import contextvars
 import logging
 import math
 import random
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from greenlet import getcurrent
 
 from pants_green._address import Address, format_address
 from pants_green._callbacks import Chunk
+from pants_green._client_proxy import HeaderSetting, HeaderToSend, header_to_send
 from pants_green._lifecycle import CLOSE, CONNECTING, ESTABLISH, NEW, CloseReason, Event
 from pants_green._settings import Setting
 from pants_green._timers import Timer
+from pants_green._tls_socket import TLSSocket
 from pants_green.errors import ChannelClosed, ChannelStateError
 from pants_green.stream import Stream
+
+if TYPE_CHECKING:
+    from pants_green.server import Server
 
 __all__ = ["Client", "ReconnectingClient"]
 
@@ -23,9 +28,58 @@ MANY = 100
 
 
 class Client(Stream[Chunk]):
-    """A Stream that is meant to ``connect()``."""
+    """A Stream that is meant to ``connect()``.
+
+    Args:
+        socket, server, engine, ssl_options: as for Stream.
+        proxy_header: the attribute of this name.
+
+    Raises:
+        TypeError, ValueError: `proxy_header` is no such header.
+        ChannelStateError: (RuntimeError) there is one, and `socket` speaks TLS already, in front of which it would have to be.
+        TypeError, ValueError, OSError, ChannelStateError: as for Stream.
+    """
 
     __slots__ = ()
+
+    #: The header of the PROXY protocol with which every connection begins, in clear and before the TLS handshake: "v1" or "v2" for
+    #: one with the addresses of that very connection; a ProxyHeader, or the bytes that ``proxy_protocol.build()`` returns, for
+    #: others, such as those of the client for whom a proxy dials; None: without one. To be set before ``connect()``.
+    proxy_header: Setting[HeaderToSend] = HeaderSetting(None, header_to_send)
+
+    @classmethod
+    def _settled(cls) -> None:
+        super()._settled()
+        cls._proxy_header = cls.proxy_header
+
+    def __init__(
+        self,
+        socket: Any = None,
+        server: "Server | None" = None,
+        *,
+        engine: Any = None,
+        ssl_options: Any = None,
+        proxy_header: HeaderToSend = None,
+    ) -> None:
+        if proxy_header is not None:
+            self._proxy_header = header_to_send(f"{type(self).__name__}(proxy_header=)", proxy_header)
+        super().__init__(socket, server, engine=engine, ssl_options=ssl_options)
+
+    def _adopt(self, socket: Any) -> None:
+        if self._proxy_header is not None and isinstance(socket, TLSSocket):
+            name = type(self).__name__
+            raise ChannelStateError(f"{name}(proxy_header=) goes out before the TLS handshake, and that of {socket!r} is done")
+        super()._adopt(socket)
+
+    def _start(self, socket: Any) -> None:
+        if self._proxy_header is not None:
+            self._preface = self._proxy_header
+        super()._start(socket)
+
+    def _set_out(self, address: Address, source: Address | None, context: contextvars.Context) -> None:
+        if self._proxy_header is not None:
+            self._preface = self._proxy_header
+        super()._set_out(address, source, context)
 
 
 def _duration(name: str, value: Any) -> float:
@@ -64,7 +118,7 @@ class ReconnectingClient(Client[Chunk]):
     `close_reason` and `close_error` tell how the last one ended. A KeyboardInterrupt or SystemExit in a callback ends the client, too.
 
     Args:
-        engine, ssl_options: as for Stream. ``startSSL()`` holds for all connections, too, if none stands when it is called.
+        engine, ssl_options, proxy_header: as for Client. ``startSSL()`` holds for all connections, too, if none stands when it is called.
     """
 
     __slots__ = ()
@@ -102,8 +156,8 @@ class ReconnectingClient(Client[Chunk]):
         cls._max_delay = cls.max_delay
         cls._stable_time = cls.stable_time
 
-    def __init__(self, *, engine: Any = None, ssl_options: Any = None) -> None:
-        super().__init__(engine=engine, ssl_options=ssl_options)
+    def __init__(self, *, engine: Any = None, ssl_options: Any = None, proxy_header: HeaderToSend = None) -> None:
+        super().__init__(engine=engine, ssl_options=ssl_options, proxy_header=proxy_header)
 
     def connect(self, address: Any, port: int | None = None, *, source_address: tuple[str, int] | None = None) -> Self:
         """Dial, from now on until ``stop()``; returns at once. See ``Stream.connect``.
@@ -225,12 +279,12 @@ class ReconnectingClient(Client[Chunk]):
         if not self._between():
             super()._shut(reason, error, reset=reset)
 
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+    def _end_gracefully(self, deadline: float) -> None:
         self._stopped = True
         if self._between():
             self._retire()
         else:
-            super()._end_gracefully(timeout, deadline)
+            super()._end_gracefully(deadline)
 
     def _after_fork(self) -> None:
         self._forget_plan()

@@ -824,8 +824,8 @@ class Datagram(DatagramState[Chunk]):
 
     # ---- forks, repairs
 
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
-        self.end()
+    def _end_gracefully(self, deadline: float) -> None:
+        Datagram.end(self)
 
     def _repair(self) -> None:
         super()._repair()

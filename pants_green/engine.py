@@ -129,8 +129,9 @@ class Engine:
 
         Args:
             graceful_timeout: seconds; SIGTERM and SIGINT (Ctrl-C) then end the engine gracefully: servers stop as by
-                ``Server.stop(graceful_timeout)``, other channels are asked to end, too, and this returns when nothing is left, or
-                when the time is up. A second signal ends it at once. None: signals do what they do elsewhere.
+                ``Server.stop(graceful_timeout)``; after them the other channels are asked to end (``on_stopping``); and this
+                returns when no channel, and no callback of one, is left, or when the time is up. Timers go on meanwhile, and
+                are not waited for. A second signal ends it at once. None: signals do what they do elsewhere.
 
         Raises:
             KeyboardInterrupt, SystemExit: raised in a callback, or by the user's Ctrl-C.

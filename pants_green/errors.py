@@ -111,18 +111,20 @@ class ProxyHeaderError(PantsError, ValueError):
 
 
 class StreamBufferOverflow(PantsError):
-    """More bytes wait than is allowed: for their delimiter (``buffer_size``), or to be sent (``write_limit``).
+    """More bytes wait than is allowed: for their delimiter, or to be sent.
 
     Args:
         message: names the channel and what to raise.
         size: bytes that were waiting, or were announced.
         limit: bytes that were allowed.
+        setting: what says so: "buffer_size", also for the ``max_size`` of a Framer; "write_limit"; the server's "write_budget".
     """
 
-    def __init__(self, message: str, size: int = 0, limit: int = 0) -> None:
+    def __init__(self, message: str, size: int = 0, limit: int = 0, setting: str = "buffer_size") -> None:
         super().__init__(message)
         self.size = size
         self.limit = limit
+        self.setting = setting
 
 
 class ReadTimeout(PantsError, TimeoutError):

@@ -19,14 +19,14 @@ from pants_green._address import NOT_GIVEN, Address, ListenCall, format_address,
 from pants_green._adopting import adopt, is_bound, is_listening
 from pants_green._budget import Budget
 from pants_green._callbacks import Chunk
-from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, NEW, OPEN, SERVER_MOVES, STOP, STOPPING, CloseReason, Event, State
-from pants_green._server_limits import ServerLimits
+from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, STOPPING, CloseReason, Event, State
 from pants_green._server_tls import silence
 from pants_green._settings import Setting, positive_count, seconds
 from pants_green._socket_file import Permissions
-from pants_green._stopping import Stopping
+from pants_green._stopping import ServerStopping
 from pants_green.channel import Channel
 from pants_green.errors import ChannelStateError, InvalidAddressFormatError
+from pants_green.proxy_protocol import ProxyHeader
 from pants_green.stream import Stream
 
 __all__ = ["Channels", "Connection", "Server", "StreamServer"]
@@ -45,7 +45,7 @@ FOR_ONE_CONNECTION = ("on_accept", "on_ssl_wrap_error")
 EPISODE = 1.0
 
 
-class StreamServer(ServerLimits):
+class StreamServer(ServerStopping):
     """Listens, and hands every accepted socket to ``on_accept``; keeps no connections. `Server` is what you usually want.
 
     Args:
@@ -63,12 +63,10 @@ class StreamServer(ServerLimits):
     __slots__ = (
         "_accept_at_once",
         "_back_off",
-        "_ended",
         "_ending",
         "_exhausted_at",
         "_exhaustion_told",
         "_given",
-        "_listeners",
         "_paused",
     )
 
@@ -88,14 +86,12 @@ class StreamServer(ServerLimits):
     ) -> None:
         super().__init__(engine, proxy_protocol, trusted)
         self._given: Any = None
-        self._listeners: list[_sockets.Listener] = []
         self._accept_at_once = ACCEPT_AT_ONCE
         self._back_off = 0.0
         self._exhausted_at = -math.inf
         self._exhaustion_told = False
         self._paused: Any = None
         self._ending = True
-        self._ended = False
         if ssl_options is not None:
             self.startSSL(ssl_options)
         if socket is not None:
@@ -170,8 +166,7 @@ class StreamServer(ServerLimits):
         addresses = self._addresses(call.address, call.slave)
         self._check_may_listen()  # looking a name up takes time, in which others may have done something
         self._open(_sockets.listen_all(addresses, call.backlog, reuse_port=reuse_port, permissions=permissions, given=self._given))
-        self._call("on_listen")
-        self._resume_accepting()
+        self._begin_to_accept()
         return self
 
     def _listen_on_given(self, backlog: int | None) -> Any:
@@ -186,9 +181,17 @@ class StreamServer(ServerLimits):
         self._engine._enter()
         self._given.listen(call.backlog)
         self._open([_sockets.Listener(self._given)])
-        self._call("on_listen")
-        self._resume_accepting()
+        self._begin_to_accept()
         return self
+
+    def _begin_to_accept(self) -> None:
+        """Call on_listen, in the greenlet of the caller, and then accept."""
+        self._greenlet = getcurrent()  # meanwhile no other callback of the server runs elsewhere
+        self._call("on_listen")
+        self._greenlet = None
+        if self._posted:
+            self._alert()
+        self._resume_accepting()
 
     def _open(self, listeners: list[_sockets.Listener]) -> None:
         """Stand on sockets that listen."""
@@ -254,9 +257,10 @@ class StreamServer(ServerLimits):
             raise
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
-        throttles = self._throttles
-        for _ in range(self._accept_at_once):
-            if throttles and not self._may_accept():
+        for number in range(self._accept_at_once):
+            if (self._max_connections is not None or self._accept_rate is not None) and not self._may_accept():
+                if not number:  # else it wakes up once more if there is another
+                    self._hold()
                 return
             try:
                 accepted = listener.accept()
@@ -269,10 +273,10 @@ class StreamServer(ServerLimits):
                 return
             if self._back_off:
                 self._accepted_again()
-            if throttles:
+            if self._bucket is not None:
                 self._count_accepted()
             self._engine._run(self._welcome, accepted, self._context)
-            if self._state is not LISTENING:
+            if self._state is not LISTENING or self._suspended:
                 return
 
     def _accept_failed(self, error: OSError) -> None:
@@ -301,44 +305,17 @@ class StreamServer(ServerLimits):
         if self._may_resume():
             self._start_accepting()
 
-    def suspend(self) -> None:
-        """Accept nothing more until ``resume()``; connections that are made meanwhile wait in the backlog. Repeated calls do nothing.
-
-        Raises:
-            ChannelStateError: (RuntimeError) the server does not listen.
-        """
-        self._check_listening("suspend()")
-        self._suspended = True
-        self._stop_accepting()
-
-    def resume(self) -> None:
-        """Go on after ``suspend()``; no effect if it was not called.
-
-        Raises:
-            ChannelStateError: (RuntimeError) the server does not listen.
-        """
-        self._check_listening("resume()")
-        self._suspended = False
-        self._resume_accepting()
-
-    def _check_listening(self, call: str) -> None:
-        if self._state is not LISTENING:
-            raise ChannelStateError(f"{call} on {self!r}: it does not listen")
-        self._engine._enter()
-
     def _welcome(self, accepted: tuple[Any, ...] | None) -> None:
         """The greenlet of an accepted connection: what comes before on_accept, that, and the life of the stream that came of it."""
         worker: Any = getcurrent()
+        worker.serves = self
         forks = self._engine._forks
-        client = None
         self._active += 1
         try:
             if self._proxy_protocol is not None and accepted is not None:
                 accepted = self._read_header(worker, accepted)
-            if self._checks and accepted is not None:
-                client = self._let_in(accepted[0], accepted[1])
-                if client is None:
-                    return
+            if accepted is not None and not self._admit(worker, accepted[0], accepted[1]):
+                return
             if self._tls_options is not None and accepted is not None:
                 accepted = self._greet(worker, accepted)
             if accepted is None:
@@ -348,12 +325,31 @@ class StreamServer(ServerLimits):
             if stream is not None:
                 if self._ended:
                     stream._end(CloseReason.ENDED_HERE)  # the others were ended while on_accept took its time
+                elif self._stopping is not None and not self._keeps_streams:
+                    self._engine._loop.run_callback(stream._ask_to_stop, self._stopping.deadline)
                 stream._live(None)
         finally:
+            worker = getcurrent()
+            worker.serves = worker.header = None
             if forks == self._engine._forks:
                 self._active -= 1
-                if client is not None:
-                    self._let_out(client)
+                self._let_out(worker)
+                if self._held or self._state is STOPPING:
+                    self._one_less()
+
+    def _accompany(self, argument: tuple[Any, Address | None]) -> None:
+        """The greenlet of a stream that was made for this server by hand; it counts as the others do."""
+        stream, address = argument
+        worker: Any = getcurrent()
+        worker.serves = self
+        forks = self._engine._forks
+        self._active += 1
+        try:
+            stream._live(address)
+        finally:
+            worker.serves = None
+            if forks == self._engine._forks:
+                self._active -= 1
                 if self._held or self._state is STOPPING:
                     self._one_less()
 
@@ -469,7 +465,11 @@ class StreamServer(ServerLimits):
         self._end_greetings()
         self._forget_if_done()
         self._log(logging.INFO, "closed", event="close")
+        self._reports.close()
         self._post("on_close")
+        if self._stopping is not None:
+            self._stopping.cancel()
+            self._post("_tell_stopped")
 
     def _close_listeners(self) -> None:
         if self._paused is not None:
@@ -490,24 +490,28 @@ class StreamServer(ServerLimits):
         except KeyError:
             self._refuse_move(event)
 
+    def _streams(self) -> list[Any]:
+        return [root for root in self._engine._roots if isinstance(root, Stream) and getattr(root._greenlet, "serves", None) is self]
+
     def _forget_if_done(self) -> None:
         """Let the engine forget a closed server; but it knows the connections that are left through it."""
         if self._state is CLOSED and not self._children():
             self._engine._roots.discard(self)
-
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
-        self._shut(CloseReason.STOPPED)
 
     def _repair(self) -> None:
         super()._repair()
         if self._state is LISTENING and not self._back_off:
             self._stop_accepting()
             self._resume_accepting()
+        elif self._state is STOPPING:
+            self._engine._loop.run_callback(self._take_the_rest)
 
     def _after_fork(self) -> None:
         # Several processes take turns on one listener now: one connection at a time spreads them best.
         self._accept_at_once = 1
         super()._after_fork()
+        if self._state is STOPPING:
+            self._engine._loop.run_callback(self._one_less)  # the connections for which it waited are the parent's
 
     # ---- what it is
 
@@ -515,11 +519,6 @@ class StreamServer(ServerLimits):
     def listening(self) -> bool:
         """Whether it listens."""
         return self._state is LISTENING
-
-    @property
-    def suspended(self) -> bool:
-        """Whether ``suspend()`` holds."""
-        return self._suspended
 
     @property
     def remote_address(self) -> None:
@@ -571,6 +570,12 @@ class Connection(Stream[Chunk]):
 
     __slots__ = ()
 
+    @property
+    def proxy_header(self) -> ProxyHeader | None:
+        """What the proxy in front of the server has said of this connection; None without one. See ``Server.proxy_protocol``."""
+        header: ProxyHeader | None = self._proxy_header
+        return header
+
 
 class BudgetSetting(Setting[int | None]):
     """Bytes of all connections together."""
@@ -599,10 +604,10 @@ class Server(StreamServer):
         TypeError, ValueError, OSError: as ``startSSL()``.
     """
 
-    __slots__ = ("_settling", "_stopping", "channels")
+    __slots__ = ("_settling", "channels")
 
     #: Seconds after which a connection is asked to end (``on_stopping``), give or take a tenth, so that those that came together
-    #: do not go together; 30 seconds later it is aborted. None: never.
+    #: do not go together; 30 seconds later it is aborted. None: never. What it is when a connection comes to stand holds for that.
     max_connection_age: Setting[float | None] = Setting(None, seconds)
 
     #: Bytes that may wait to be sent on all connections together, not counting files; None: no limit but that of each. If it is
@@ -640,14 +645,16 @@ class Server(StreamServer):
             raise TypeError(f"{type(self).__name__}.ConnectionClass is a subclass of Stream (or Connection), not {wanted!r}")
         self.channels = Channels()
         self._settling: set[Stream] = set()
-        self._stopping: Stopping | None = None
         self._budget_changed()
         # Last, for a socket that listens is accepted from.
         super().__init__(socket=socket, engine=engine, ssl_options=ssl_options, proxy_protocol=proxy_protocol, trusted=trusted)
 
     def _budget_changed(self) -> None:
-        size = self._write_budget
-        self._budget = None if size is None else Budget(self, size)
+        if self._write_budget is None:
+            self._budget = None
+        else:
+            self._budget = self._budget or Budget(self)
+            self._budget.watch(stream for stream in self._children() if stream._sending)  # type: ignore[attr-defined]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -699,11 +706,16 @@ class Server(StreamServer):
         """A connection stands although the server accepts no more."""
         if self._state is CLOSED:
             self._engine._roots.add(self)  # through which alone the engine knows it
+            if self._ended:
+                self._engine._loop.run_callback(stream._end, CloseReason.ENDED_HERE)
         elif self._stopping is not None:
             # In the next turn: what has come already is read before.
             self._engine._loop.run_callback(stream._ask_to_stop, self._stopping.deadline)
 
     def _children(self) -> Iterable[Channel]:
+        return self._streams()
+
+    def _streams(self) -> list[Any]:
         return [*self.channels.values(), *self._settling]
 
     def close(self, connections: bool = True) -> None:
@@ -716,96 +728,6 @@ class Server(StreamServer):
         """
         self._ending = connections
         super().close()
-
-    def stop(self, timeout: float | None = 30.0) -> None:
-        """Stop gracefully: accept no more, let the connections come to their end, and abort those that have not by then.
-
-        What is in the accept queue of the kernel is still taken. Each connection gets ``on_stopping(deadline)``, which by default
-        ends it after what it has to send; a callback that is running runs on. ``on_close`` of the server comes last.
-
-        This waits until it is over; but called in a callback of the server, or of one of its connections, or in the hub, it
-        returns at once. Repeated calls wait, too, and change nothing.
-
-        Args:
-            timeout: seconds, 0 or more, until the connections that are left are aborted; None: as long as it takes.
-
-        Raises:
-            TypeError, ValueError: `timeout` is no such number.
-        """
-        if timeout != 0 or isinstance(timeout, bool):
-            timeout = seconds(f"stop() on {self!r}: timeout (which may be 0, too)", timeout)
-        if self._state is not CLOSED:
-            self._engine._enter()
-        self._begin_to_stop(timeout)
-        if self._stopping is not None and self._state is not CLOSED and not self._called_from_within():
-            self._stopping.wait()
-
-    def _begin_to_stop(self, timeout: float | None) -> None:
-        if self._state is NEW:
-            self.close()
-        elif self._state is LISTENING:
-            self._stopping = Stopping(self._engine, timeout, self._time_is_up)
-            self._move(STOP)
-            self._log(logging.INFO, "stopping", event="stop")
-            self._engine._loop.run_callback(self._take_the_rest)
-
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
-        self._begin_to_stop(timeout)
-
-    def _called_from_within(self) -> bool:
-        """Tell whether the calling greenlet is one for which a stopping server waits, or the hub."""
-        current = getcurrent()
-        if current is self._engine._hub or current is self._greenlet:
-            return True
-        return any(stream._greenlet is current for stream in self._children())
-
-    def _take_the_rest(self) -> None:
-        """Hub: take what is left in the accept queue, close it, and ask every connection to end."""
-        if self._state is not STOPPING or self._stopping is None:
-            return
-        for listener in self._listeners:
-            self._accept_rest(listener)
-        self._close_listeners()
-        for stream in self._children():
-            stream._ask_to_stop(self._stopping.deadline)  # type: ignore[attr-defined]
-        self._one_less()
-
-    def _accept_rest(self, listener: _sockets.Listener) -> None:
-        while self._state is STOPPING:
-            try:
-                accepted = listener.accept()
-            except OSError as error:
-                if error.errno in _sockets.ACCEPT_AGAIN:
-                    continue
-                return
-            self._engine._run(self._welcome, accepted, self._context)
-
-    def _one_less(self) -> None:
-        super()._one_less()
-        if self._state is STOPPING and not self._listeners and not self._active and not self._children():
-            self._shut(CloseReason.STOPPED)
-
-    def _time_is_up(self) -> None:
-        """Hub: the deadline of ``stop()`` has come."""
-        left = self._children()
-        if left or self._active:
-            self._log(logging.WARNING, "%d connections had not ended in time, and were aborted", len(list(left)), event="stop_timeout")
-        for stream in left:
-            stream._shut(CloseReason.STOPPED, reset=True)  # type: ignore[call-arg]
-        self._ended = True
-        self._shut(CloseReason.STOPPED)
-
-    def _shut(self, reason: CloseReason, error: BaseException | None = None) -> None:
-        if self._state is not CLOSED:
-            super()._shut(reason, error)
-            if self._stopping is not None:
-                self._stopping.cancel()
-                self._post("_tell_stopped")
-
-    def _tell_stopped(self) -> None:
-        """Posted, behind on_close: those who wait in ``stop()`` go on."""
-        if self._stopping is not None:
-            self._stopping.done()
 
     def on_close(self) -> None:
         """The server has stopped listening; by default every connection is ended, after what it has to send.

@@ -4,9 +4,9 @@
 
 This file reads in that order: Opening, Reading, Writing, Closing. What a stream is made of is in ``_stream_state``, what its
 user may override in ``_callbacks``, what may follow what in ``_lifecycle``. On the byte's way: ``_dialling`` makes the
-connection; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``; ``_straight`` is ``read()``; ``_outbox``
-holds what waits to be sent, ``_files`` sends files, ``_room`` has those who wait; ``_tls`` is the filter in between, and
-``_stream_tls`` puts it there; ``_limits`` counts the time; ``_linger`` sees the peer off.
+connection, ``_client_proxy`` says whose it is; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``;
+``_straight`` is ``read()``; ``_outbox`` holds what waits to be sent, ``_files`` sends files, ``_room`` has those who wait; ``_tls``
+is the filter in between, and ``_stream_tls`` puts it there; ``_limits`` counts the time; ``_linger`` sees the peer off.
 Accepting is in ``server``.
 """
 
@@ -23,6 +23,7 @@ from pants_green import _sockets
 from pants_green._address import NOT_GIVEN, Address, parse_connect
 from pants_green._adopting import adopt, is_listening
 from pants_green._callbacks import Chunk, StreamCallbacks
+from pants_green._client_proxy import send_header
 from pants_green._counter import Counter
 from pants_green._dialling import dial, give_up, parse_source
 from pants_green._files import BURST, FileSender, item_of
@@ -55,7 +56,7 @@ from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, 
 from pants_green._stream_tls import begin, overdue, put_meter, shake_hands, stand_on
 from pants_green._tls import TLSError
 from pants_green._tls_socket import TLSSocket
-from pants_green.channel import STARTING, Channel
+from pants_green.channel import STARTING
 from pants_green.errors import (
     CallbackTimeout,
     ChannelClosed,
@@ -78,6 +79,9 @@ RECEIVE_MOST = 256 * KIB
 
 #: Seconds that a connection has to come to its end once it has reached the server's `max_connection_age`.
 GRACE = 30.0
+
+#: Seconds, or less, that a timer may come early.
+NO_TIME = 0.001
 
 #: A receive of so many bytes flushes its own stream at once: bulk gains nothing by waiting and leaves the cache.
 FLUSH_OWN = 16 * KIB
@@ -192,13 +196,21 @@ class Stream(StreamState[Chunk]):
         self._key = socket.fileno()
         self._become_known()
         self._context = contextvars.copy_context()
-        self._alert()
+        self._begin_to_live(None)
+
+    def _begin_to_live(self, address: Address | None) -> None:
+        """Live in a new greenlet, of which the server knows, if there is one."""
+        self._greenlet = STARTING
+        if self._server is None:
+            self._engine._run_soon(self._live, address, self._context)
+        else:
+            self._engine._run_soon(self._server._accompany, (self, address), self._context)
 
     def _use(self, socket: Any, ports: _sockets.Ports) -> None:
         """Bind the world to which reading and flushing speak."""
-        if self._metered and self._meter is None:
-            self._meter = Meter(self, ports)
-            ports = self._meter.ports
+        if self._metered:
+            self._meter = Meter(self._engine, ports, self._read_rate)
+            ports = self._meter.ports()
         self._socket = socket
         self._recv, self._send, self._reader, self._writer = ports
 
@@ -206,8 +218,8 @@ class Stream(StreamState[Chunk]):
         """See whether somebody has to look at what comes and goes, and have that done from now on."""
         self._metered = self._idle_timeout is not None or self._read_rate is not None
         if self._meter is not None:
-            self._meter.settle()
-        elif self._metered and self._recv is not None and self._state.connected:
+            self._meter.settle(self._read_rate)
+        elif self._metered and self._recv is not None:
             put_meter(self)
         if self._state.connected:
             self._limit_changed("idle")
@@ -217,23 +229,32 @@ class Stream(StreamState[Chunk]):
     def _count(self) -> None:
         """See whether somebody has to look at every callback, and have that done from now on."""
         self._counted = self._chunk_rate is not None or self._callback_timeout is not None
+        if self._counter is not None:
+            self._counter.settle(self)
         if not self._counted:
             self._counter = None
-            return
-        if self._counter is None:
-            self._counter = Counter(self)
-        self._counter.settle()
-        if self._framer is None:
-            self._cut_by(None, None, self._regex_search)
-        self._inbox.put_back(self._framer)
+        else:
+            self._counter = self._counter or Counter(self)
+            if self._framer is None:
+                self._cut_by(None, None, self._regex_search)
+            self._inbox.put_back(self._framer)
         self._attention = INTERRUPTED
+        if self._waiting:
+            self._alert()  # to wait anew
 
     def _call(self, name: str, *args: Any) -> None:
-        if self._counter is None:
-            Channel._call(self, name, *args)
-        else:
-            with self._counter.callback(name):
-                Channel._call(self, name, *args)
+        counter = self._counter
+        try:
+            if counter is None or name[0] == "_":  # of ours, which calls one of the user's in its turn
+                getattr(self, name)(*args)
+                return
+            counter.begin(self, name)
+            try:
+                getattr(self, name)(*args)
+            finally:
+                counter.end(self)
+        except BaseException as error:
+            self._failed(name, error)
 
     def _become_known(self) -> None:
         """Have the engine know this stream, unless it does so through its server."""
@@ -278,8 +299,7 @@ class Stream(StreamState[Chunk]):
         self._become_known()
         if self._connect_timeout is not None:
             self._limit("connect", self._connect_timeout)
-        self._greenlet = STARTING
-        self._engine._run_soon(self._live, address, context)
+        self._begin_to_live(address)
 
     def startSSL(self, ssl_options: Any = None) -> Self:
         """Speak TLS: until the connection stands, from the first byte on; on one that stands, from here on (STARTTLS).
@@ -325,21 +345,26 @@ class Stream(StreamState[Chunk]):
     def _live(self, address: Address | None) -> None:
         """The life of a stream, in its own greenlet: open, read, drain, close."""
         self._greenlet = getcurrent()
+        if self._counted and self._counter is None:
+            self._counter = Counter(self)
         try:
+            failure = None
             if address is not None and self._state is CONNECTING:
                 failure = dial(self, address)
                 if self._engine._pollers:
                     self._engine._acted()
-                if failure is not None:
-                    self._shut(CloseReason.CONNECT_FAILED, failure)
-                    self._call("on_connect_error", failure)
+            if self._preface is not None and self._socket is not None:
+                failure = send_header(self)
+            if failure is not None:
+                self._shut(CloseReason.CONNECT_FAILED, failure)
+                self._call("on_connect_error", failure)
             if self._secure:
                 self._open_securely()
             elif self._socket is not None:
                 self._move(ESTABLISH)
             if self._state is OPEN:
-                if self._metered or self._counted:
-                    self._begin_limits()
+                if self._metered:
+                    self._limit_changed("idle")
                 if self._counter is None:
                     try:
                         self.on_connect()
@@ -374,12 +399,6 @@ class Stream(StreamState[Chunk]):
             if self._inbox.data:
                 self._inbox.take_all()
 
-    def _begin_limits(self) -> None:
-        if self._idle_timeout is not None:
-            self._limit("idle", self._idle_timeout)
-        if self._counted and self._counter is None:
-            self._counter = Counter(self)
-
     # ---- Reading
 
     def _read_loop(self) -> None:
@@ -396,6 +415,8 @@ class Stream(StreamState[Chunk]):
         size = self._receive_size
         turn_began = 0.0
         self._own_output = 0  # what on_connect has written does not stop reading
+        if self._stop_by is not None:
+            self._read_before_stopping()
         while True:
             if self._attention is not None:
                 if not self._attend():
@@ -457,6 +478,22 @@ class Stream(StreamState[Chunk]):
                 if self._wakeup is not None:
                     self._forget_wakeup()
             turn_began = 0.0
+
+    def _read_before_stopping(self) -> None:
+        """Asked to end before anything was received, while on_connect took its time: answer what has come by now first."""
+        if self._state is not OPEN or self._paused or self._shaking:
+            return
+        asked, self._posted = self._posted, None
+        try:
+            self._inbox.append(self._recv(RECEIVE_MOST))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._broken("on_read_error", error)
+        else:
+            self._deliver_waiting()
+        self._posted = [*(asked or ()), *(self._posted or ())]
+        self._attention = INTERRUPTED
 
     def _deliver(self, data: bytes, framer: Any) -> None:
         """Hand one receive to on_read, chunk by chunk."""
@@ -543,9 +580,12 @@ class Stream(StreamState[Chunk]):
         """
         inbox = self._inbox
         next_chunk = inbox.next
+        counter = self._counter
         while True:
-            if self._attention is not None and not self._attend():
-                return
+            if self._attention is not None:
+                if not self._attend():
+                    return
+                counter = self._counter
             framer = self._framer
             try:
                 chunk = next_chunk(framer)
@@ -555,17 +595,16 @@ class Stream(StreamState[Chunk]):
             if chunk is NOTHING:
                 break
             begun = False
-            spread = isinstance(chunk, tuple) and framer.spread
-            try:
-                if self._counter is not None:
-                    with self._counter.callback("on_read"):
-                        self.on_read(*(chunk if spread else (chunk,)))  # type: ignore[call-arg]
-                elif spread:
-                    self.on_read(*chunk)  # type: ignore[call-arg]
-                else:
-                    self.on_read(chunk)  # type: ignore[call-arg]
-            except BaseException as error:
-                self._failed("on_read", error)
+            if counter is not None:
+                self._call("on_read", *(chunk if isinstance(chunk, tuple) and framer.spread else (chunk,)))
+            else:
+                try:
+                    if isinstance(chunk, tuple) and framer.spread:
+                        self.on_read(*chunk)  # type: ignore[call-arg]
+                    else:
+                        self.on_read(chunk)  # type: ignore[call-arg]
+                except BaseException as error:
+                    self._failed("on_read", error)
             if self._attention is not None:
                 self._hold_batch()
         if inbox.data:
@@ -624,7 +663,7 @@ class Stream(StreamState[Chunk]):
             if self._paused:
                 self._wait()
                 continue
-            if self._counter is not None and self._counter.pause():
+            if self._counter is not None and self._counter.pause(self):
                 continue
             self._attention = None
             if self._own_seen < 0:
@@ -980,10 +1019,11 @@ class Stream(StreamState[Chunk]):
         elif which == "callback":
             self._interrupt_callback()
         elif which == "age":
-            self._ask_to_stop(self._engine._clock() + GRACE)
-            self._limit("grace", GRACE)
+            if self._stop_by is None and self._state.connected:
+                self._ask_to_stop(self._engine._clock() + GRACE)
+                self._limit("grace", GRACE)
         elif which == "grace":
-            self._shut(CloseReason.STOPPED, reset=True)
+            self._cut_off_for_age()
         elif which == "write" and self._shaking and not (self._tls and self._tls.clear):
             pass  # nothing was offered to the peer: it waits for the handshake
         elif which == "write":
@@ -1005,34 +1045,44 @@ class Stream(StreamState[Chunk]):
             if self._waiting and self._own_mark < 0 and not self._paused:
                 self._post("_read_overdue")
 
+    def _cut_off_for_age(self) -> None:
+        """Hub: it was asked to end for its age, and has not."""
+        if self._server is not None:
+            text = "aborted %g seconds after it had reached the server's max_connection_age, for it had not come to its end"
+            self._server._reports.tell("max_connection_age", self._server.max_connection_age, text, GRACE, channel=self)
+        self._cut_off()
+
     def _see_idle(self) -> None:
         """Hub: tell that nothing came or went, unless something did since, or the delay is ours."""
-        if self._idle_timeout is None or self._meter is None or not self._state.connected:
+        meter, limit = self._meter, self._idle_timeout
+        if meter is None or limit is None or not self._state.connected:
             return
-        left = self._meter.active + self._idle_timeout - self._engine._clock()
-        if self._pending or not self._waiting or self._paused:
-            self._limit("idle", self._idle_timeout)
-        elif left > 0.001:
+        left = meter.active + limit - self._engine._clock()
+        listening = meter.listening or (self._state is WRITE_ONLY and self._waiting)
+        if self._pending or self._in_read or self._shaking or not listening:
+            self._limit("idle", limit)  # at the earliest; what is at work now touches the meter in the end
+        elif left > NO_TIME:
             self._limit("idle", left)
         else:
             self._post("_idle")
 
     def _idle(self) -> None:
-        """Posted: tell of that."""
-        if self._state.connected:
+        """Posted: tell of that, unless something has come or gone meanwhile."""
+        meter, limit = self._meter, self._idle_timeout
+        if meter is None or limit is None or not self._state.connected:
+            return
+        if meter.active + limit - self._engine._clock() <= NO_TIME:
             self._call("on_timeout", "idle")
-            self._limit_changed("idle")
+        self._limit_changed("idle")
 
     def _interrupt_callback(self) -> None:
-        """Hub: a callback takes too long. Where it waits in something of ours it is not the one to blame."""
+        """Hub: a callback takes too long. While it waits in something of ours it is not the one to blame."""
         counter, limit, greenlet = self._counter, self._callback_timeout, self._greenlet
-        if counter is None or counter.running is None or limit is None or type(greenlet) is not Worker:
+        if counter is None or counter.running is None or limit is None or self._waiting or type(greenlet) is not Worker:
             return
-        if self._waiting:
-            self._limit("callback", limit)
-        else:
-            text = f"{counter.running} of {self!r} has not returned within callback_timeout, {limit:g} seconds"
-            greenlet.throw(CallbackTimeout(text))
+        text = f"{counter.running} of {self!r} has not returned within callback_timeout, {limit:g} seconds"
+        self._limit("callback", limit)  # for one that catches it
+        greenlet.throw(CallbackTimeout(text))
 
     def _read_overdue(self) -> None:
         """Posted: tell of the chunk that has not come whole, unless it has come meanwhile."""
@@ -1186,7 +1236,11 @@ class Stream(StreamState[Chunk]):
         while self._state is WRITE_ONLY:
             self._run_posted()
             if self._state is WRITE_ONLY:
+                if self._meter is not None:
+                    self._meter.touch()
                 self._wait()
+        if self._meter is not None:
+            self._meter.settle(None)  # what is thrown away may come as fast as it likes
         while self._state is DRAINING:
             self._run_posted()
             self._flush()
@@ -1248,7 +1302,7 @@ class Stream(StreamState[Chunk]):
             self._flush_all()
             if self._state is CLOSED:
                 return
-        if self._secure and self._tls is not None and reason in WITH_GOODBYE and not self._outbox.items:
+        if self._secure and self._tls is not None and not self._outbox.items and (reason in WITH_GOODBYE or type(error) is IdleTimeout):
             self._tls.goodbye()
         self._close_reason = reason
         self._close_error = error
@@ -1258,8 +1312,11 @@ class Stream(StreamState[Chunk]):
             self._unsent, self._pending = self._pending, 0
             self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._unsent, reason, event="dropped")
         if self._limits is not None:
-            self._limits.cancel()
-            self._limits = None  # it holds the stream
+            if self._counter is not None and self._counter.running is not None and reason is not FORKED:
+                self._limits.end_all_but("callback")  # which is interrupted all the same
+            else:
+                self._limits.cancel()
+                self._limits = None  # it holds the stream
         if self._socket is not None:
             self._drop_socket(reset)
         elif self._race is not None:
@@ -1271,6 +1328,8 @@ class Stream(StreamState[Chunk]):
 
     def _raw_ports(self) -> _sockets.Ports:
         """The ports of the socket itself, also under TLS."""
+        if self._meter is not None:
+            return self._meter.raw
         if self._tls is not None:
             ports: _sockets.Ports = self._tls.raw
             return ports
@@ -1278,7 +1337,7 @@ class Stream(StreamState[Chunk]):
 
     def _drop_socket(self, reset: bool = False) -> None:
         socket, reader, writer = self._socket, self._reader, self._writer
-        if self._secure:
+        if self._secure or self._meter is not None:
             _, _, reader, writer = self._raw_ports()
         self._let_go()
         _sockets.close(socket, reader, writer, reset=reset)
@@ -1291,6 +1350,7 @@ class Stream(StreamState[Chunk]):
         if self._secure and self._tls is not None:
             self._tls.owner = None
         if self._meter is not None:
+            self._meter.stop()
             self._meter = None
         self._socket = self._recv = self._send = self._reader = self._writer = None
 
@@ -1300,7 +1360,7 @@ class Stream(StreamState[Chunk]):
         self._told = True
         self._shut(reason)
 
-    def _end_gracefully(self, timeout: float, deadline: float) -> None:
+    def _end_gracefully(self, deadline: float) -> None:
         if self._state.connected:
             self._ask_to_stop(deadline)
         else:

@@ -104,7 +104,7 @@ class UnixServer(Server):
 
     Args:
         ConnectionClass: as for `Server`; `UnixConnection` by default.
-        socket, engine, ssl_options: as for `Server`.
+        socket, engine, ssl_options, proxy_protocol, trusted: as for `Server`.
     """
 
     __slots__ = ()

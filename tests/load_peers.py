@@ -1,8 +1,8 @@
 """The peers of the load tests: a process of plain stdlib sockets. One JSON line on stdout for everything that has happened.
 
-    python load_peers.py crowd|churn|flood|idle|trips|read|push PORT [ARGUMENT ...]
+    python load_peers.py crowd|churn|flood|idle|loris|trips|read|push PORT [ARGUMENT ...]
 
-``flood`` and ``idle`` go on until stdin ends; the others end when they are done.
+``flood``, ``idle`` and ``loris`` go on until stdin ends; the others end when they are done.
 """
 
 import hashlib
@@ -212,6 +212,24 @@ def idle(port, count):
     sys.stdin.read()
 
 
+def loris(port, count):
+    """Connect, be answered once each; at a line on stdin send the beginning of another line each; then nothing until stdin ends."""
+    socks, answered = [], 0
+    while len(socks) < count:
+        # Not faster than they are accepted: a SYN for which there is no room in the backlog comes again after a second.
+        some = [socket.create_connection(("127.0.0.1", port)) for _ in range(min(500, count - len(socks)))]
+        for sock in some:
+            sock.send(b"hello\n")
+        answered += sum(sock.recv(100) == b"hello\n" for sock in some)
+        socks += some
+    say(answered=answered)
+    sys.stdin.readline()
+    for sock in socks:
+        sock.send(b"half a li")
+    say(begun=count)
+    sys.stdin.read()
+
+
 def trips(port, count):
     """Send a line and wait for it to come back, `count` times; tell how long each took."""
     sock = connected(port)
@@ -291,7 +309,7 @@ def push(port, limit, more):
     say(sent=sent, received=received, same=digest.digest() == sent_digest.digest())
 
 
-PROGRAMS = {one.__name__: one for one in (crowd, churn, flood, idle, trips, read, push)}
+PROGRAMS = {one.__name__: one for one in (crowd, churn, flood, idle, loris, trips, read, push)}
 
 
 def number_or_word(argument):

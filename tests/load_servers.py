@@ -63,6 +63,24 @@ class Raising(EchoLines):
         raise RuntimeError("as it was asked to")
 
 
+class Guarded(EchoLines):
+    """With every limit that it could hit."""
+
+    idle_timeout = 45.0
+    read_timeout = 45.0
+    read_rate = 1 << 20
+    chunk_rate = 1000
+    callback_timeout = 45.0
+
+
+class GuardedServer(Server):
+    max_connections = 50_000
+    max_connections_per_ip = 50_000
+    max_connection_age = 300.0
+    write_budget = 1 << 30
+    deny = ("192.0.2.0/24",)
+
+
 class Bulk(Connection):
     """Sends a lot, in one write or in many, and ends."""
 
@@ -131,6 +149,9 @@ class Control(Connection):
     def do_cpu(self):
         return {"cpu": time.process_time(), "wakeups": context_switches()}
 
+    def do_channels(self):
+        return {"channels": len(self.engine.channels)}
+
     def do_left(self):
         """What connections leave behind, this one included."""
         pool = self.engine._pool
@@ -192,13 +213,14 @@ def main():
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     engine = Engine.instance()
-    servers = {name: Server(kind).listen(("127.0.0.1", 0)) for name, kind in KINDS.items()}
+    make = {"guarded": GuardedServer}
+    servers = {name: make.get(name, Server)(kind).listen(("127.0.0.1", 0)) for name, kind in KINDS.items()}
     print(json.dumps({name: server.local_address[1] for name, server in servers.items()}), flush=True)
     engine.defer(LAST_RESORT, sys.exit, "nobody has ended this in time")
     engine.start()
 
 
-KINDS = {"echo": Echo, "lines": EchoLines, "raising": Raising, "bulk": Bulk, "control": Control}
+KINDS = {"echo": Echo, "lines": EchoLines, "guarded": Guarded, "raising": Raising, "bulk": Bulk, "control": Control}
 
 if __name__ == "__main__":
     main()

@@ -25,6 +25,8 @@ TREE = {
     "HandshakeTimeout": (errors.PantsError, TimeoutError),
     "ReadTimeout": (errors.PantsError, TimeoutError),
     "WriteTimeout": (errors.PantsError, TimeoutError),
+    "IdleTimeout": (errors.PantsError, TimeoutError),
+    "CallbackTimeout": (errors.PantsError, TimeoutError),
 }
 
 
@@ -86,9 +88,9 @@ def test_stream_connect_error_is_errno_and_text():
 
 def test_stream_buffer_overflow_carries_size_and_limit():
     error = errors.StreamBufferOverflow("70000 bytes wait", 70000, 65536)
-    assert (str(error), error.size, error.limit) == ("70000 bytes wait", 70000, 65536)
+    assert (str(error), error.size, error.limit, error.setting) == ("70000 bytes wait", 70000, 65536, "buffer_size")
 
 
 def test_stream_buffer_overflow_copied_keeps_its_numbers():
-    error = copy.copy(errors.StreamBufferOverflow("70000 bytes wait", 70000, 65536))
-    assert (error.size, error.limit) == (70000, 65536)
+    error = copy.copy(errors.StreamBufferOverflow("70000 bytes wait", 70000, 65536, "write_limit"))
+    assert (error.size, error.limit, error.setting) == (70000, 65536, "write_limit")

@@ -165,7 +165,13 @@ def chat(tmp_path):
                 assert bob.rest() == b""
                 assert listener.rest() == b""
             hears(ann, "* Bob has left\r\n")
-            assert ann.rest() == b""
+            with Peer(port) as silent:
+                hears(silent, "Your name? ")
+                child.process.send_signal(signal.SIGINT)
+                for peer in (ann, silent):
+                    hears(peer, "* The chat is over. Goodbye!\r\n")
+                    assert peer.rest() == b""
+        assert child.end() == 0
         assert child.error_output() == ""
 
 
@@ -600,8 +606,8 @@ WITHOUT_A_WORD = (
     *("http_client.py", "proxy.py", "reconnecting.py", "starttls.py", "timers.py"),
     *("tutorial1.py", "tutorial2.py", "tutorial3.py"),
 )
-#: How their checks end them, for they want arguments.
-BY_THEMSELVES = ("multicast.py", "unix_echo.py")
+#: Their checks end them, for they want arguments, or there is more to see.
+BY_THEMSELVES = ("chat.py", "multicast.py", "unix_echo.py")
 WITH_A_WORD = [name for name in CHECKS if name not in (*WITHOUT_A_WORD, *BY_THEMSELVES)]
 
 

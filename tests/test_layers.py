@@ -29,13 +29,15 @@ FLOORS = [
     {"_adopting": "socket", "_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"_drain": "logging signal"},
     {"engine": "contextvars gevent greenlet logging os threading time"},
-    {"channel": "greenlet logging", "_linger": "", "_limits": "", "_greeting": "greenlet"},
+    {"channel": "greenlet logging", "_linger": "", "_limits": "", "_meter": "", "_greeting": "greenlet"},
     {"_certificates": "logging time", "_files": "io logging os tempfile"},
-    {"_callbacks": "logging", "_server_tls": "logging", "_stopping": "gevent"},
+    {"_callbacks": "logging", "_server_tls": "logging"},
     {"_server_proxy": "logging"},
     {"_server_limits": ""},
+    {"_stopping": "gevent greenlet logging"},
     {"_datagram_state": "logging", "_stream_state": "logging", "_dialling": "os socket", "_room": "gevent greenlet logging"},
-    {"_straight": "greenlet", "_stream_tls": "", "_counter": "contextlib", "_budget": ""},
+    {"_client_proxy": ""},
+    {"_straight": "greenlet", "_stream_tls": "", "_counter": "", "_budget": ""},
     {"datagram": "contextvars greenlet logging socket", "stream": "contextvars greenlet logging socket"},
     {"server": "contextvars greenlet logging random socket", "client": "contextvars greenlet logging random"},
     {"network": "", "unix": "grp os pwd"},
@@ -55,6 +57,7 @@ HARMLESS = {
 
 PURE = {
     *("errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "proxy_protocol"),
+    *("_buckets", "_networks"),
     "testing._fragments",
 }
 

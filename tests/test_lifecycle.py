@@ -12,42 +12,45 @@ from pants_green.errors import ChannelStateError
 
 #: Where each event leads from each state; "." where it makes no sense.
 STREAM_TABLE = """
-            CONNECT     ESTABLISH  LISTEN  FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       CLOSE
-NEW         CONNECTING  OPEN       .       .              .            .                      .         CLOSED
-CONNECTING  .           OPEN       .       .              .            .                      .         CLOSED
-OPEN        .           .          .       READ_ONLY      ENDING       WRITE_ONLY             DRAINING  CLOSED
-READ_ONLY   .           .          .       .              DRAINING     DRAINING               DRAINING  CLOSED
-WRITE_ONLY  .           .          .       DRAINING       .            .                      DRAINING  CLOSED
-ENDING      .           .          .       DRAINING       .            .                      DRAINING  CLOSED
-DRAINING    .           .          .       .              .            .                      .         CLOSED
-LISTENING   .           .          .       .              .            .                      .         .
-CLOSED      .           .          .       .              .            .                      .         .
+            CONNECT     ESTABLISH  LISTEN  FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       STOP  CLOSE
+NEW         CONNECTING  OPEN       .       .              .            .                      .         .     CLOSED
+CONNECTING  .           OPEN       .       .              .            .                      .         .     CLOSED
+OPEN        .           .          .       READ_ONLY      ENDING       WRITE_ONLY             DRAINING  .     CLOSED
+READ_ONLY   .           .          .       .              DRAINING     DRAINING               DRAINING  .     CLOSED
+WRITE_ONLY  .           .          .       DRAINING       .            .                      DRAINING  .     CLOSED
+ENDING      .           .          .       DRAINING       .            .                      DRAINING  .     CLOSED
+DRAINING    .           .          .       .              .            .                      .         .     CLOSED
+LISTENING   .           .          .       .              .            .                      .         .     .
+STOPPING    .           .          .       .              .            .                      .         .     .
+CLOSED      .           .          .       .              .            .                      .         .     .
 """
 
 SERVER_TABLE = """
-            CONNECT     ESTABLISH  LISTEN     FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END  CLOSE
-NEW         .           .          LISTENING  .              .            .                      .    CLOSED
-LISTENING   .           .          .          .              .            .                      .    CLOSED
-CONNECTING  .           .          .          .              .            .                      .    .
-OPEN        .           .          .          .              .            .                      .    .
-READ_ONLY   .           .          .          .              .            .                      .    .
-WRITE_ONLY  .           .          .          .              .            .                      .    .
-ENDING      .           .          .          .              .            .                      .    .
-DRAINING    .           .          .          .              .            .                      .    .
-CLOSED      .           .          .          .              .            .                      .    .
+            CONNECT  ESTABLISH  LISTEN     FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END  STOP      CLOSE
+NEW         .        .          LISTENING  .              .            .                      .    .         CLOSED
+LISTENING   .        .          .          .              .            .                      .    STOPPING  CLOSED
+STOPPING    .        .          .          .              .            .                      .    .         CLOSED
+CONNECTING  .        .          .          .              .            .                      .    .         .
+OPEN        .        .          .          .              .            .                      .    .         .
+READ_ONLY   .        .          .          .              .            .                      .    .         .
+WRITE_ONLY  .        .          .          .              .            .                      .    .         .
+ENDING      .        .          .          .              .            .                      .    .         .
+DRAINING    .        .          .          .              .            .                      .    .         .
+CLOSED      .        .          .          .              .            .                      .    .         .
 """
 
 DATAGRAM_TABLE = """
-            CONNECT     ESTABLISH  LISTEN     FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       CLOSE
-NEW         .           .          LISTENING  .              .            .                      DRAINING  CLOSED
-LISTENING   .           .          .          .              .            .                      DRAINING  CLOSED
-DRAINING    .           .          .          .              .            .                      .         CLOSED
-CONNECTING  .           .          .          .              .            .                      .         .
-OPEN        .           .          .          .              .            .                      .         .
-READ_ONLY   .           .          .          .              .            .                      .         .
-WRITE_ONLY  .           .          .          .              .            .                      .         .
-ENDING      .           .          .          .              .            .                      .         .
-CLOSED      .           .          .          .              .            .                      .         .
+            CONNECT  ESTABLISH  LISTEN     FINISH_OUTPUT  INPUT_ENDED  INPUT_ENDED_HALF_OPEN  END       STOP  CLOSE
+NEW         .        .          LISTENING  .              .            .                      DRAINING  .     CLOSED
+LISTENING   .        .          .          .              .            .                      DRAINING  .     CLOSED
+DRAINING    .        .          .          .              .            .                      .         .     CLOSED
+CONNECTING  .        .          .          .              .            .                      .         .     .
+OPEN        .        .          .          .              .            .                      .         .     .
+READ_ONLY   .        .          .          .              .            .                      .         .     .
+WRITE_ONLY  .        .          .          .              .            .                      .         .     .
+ENDING      .        .          .          .              .            .                      .         .     .
+STOPPING    .        .          .          .              .            .                      .         .     .
+CLOSED      .        .          .          .              .            .                      .         .     .
 """
 
 

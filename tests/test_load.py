@@ -123,8 +123,8 @@ class ServerProcess(Program):
         super().close()
 
 
-#: What a server process has when nobody but the control connection is there: five servers and that.
-CHANNELS = 6
+#: What a server process has when nobody but the control connection is there: six servers and that.
+CHANNELS = 7
 
 
 @pytest.fixture
@@ -438,3 +438,22 @@ def test_idle_two_hundred_peers_use_no_cpu(serving, peers):
     after = serving.ask("cpu")
     assert after["cpu"] - before["cpu"] < 0.05
     assert after["wakeups"] - before["wakeups"] < 20
+
+
+@needs_proc
+def test_limits_of_ten_thousand_idle_peers_use_no_cpu_and_their_half_lines_hold_nobody_up(serving, peers, descriptors):
+    count = min(10_000, descriptors - 200)
+    slow = peers("loris", serving.ports["guarded"], count)
+    assert slow.line() == {"answered": count}
+    assert serving.ask("channels") == {"channels": CHANNELS + count}
+    before = serving.ask("cpu")
+    # Time must pass here: that nothing happens in it is what is tested.
+    gevent.sleep(0.7)
+    after = serving.ask("cpu")
+    assert after["cpu"] - before["cpu"] < 0.05
+    assert after["wakeups"] - before["wakeups"] < 20
+    assert slow.go_on() == {"begun": count}
+    seconds = peers("trips", serving.ports["guarded"], 30).line()["seconds"]
+    assert len(seconds) == 30
+    assert statistics.median(seconds) < 0.2
+    assert serving.ask("channels")["channels"] >= CHANNELS + count

@@ -3,6 +3,7 @@
 import configparser
 import contextlib
 import re
+import signal
 import socket
 import ssl
 import textwrap
@@ -14,6 +15,7 @@ from certificates import authority, client_context, server_context
 from children import PATIENCE, ROOT, Child, Peer, free_port, wait_until_listening
 
 import pants_green
+from pants_green.proxy_protocol import build
 
 README = (ROOT / "README.rst").read_text()
 
@@ -283,6 +285,35 @@ def tls_names(tmp_path):
             secured(peer, client_context("1.3")).read(1)
 
 
+def behind_proxy(tmp_path):
+    child, port = serving("behind-proxy", tmp_path)
+    with child, Peer(port) as peer:
+        peer.send(build(2, ("192.0.2.7", 56324), ("198.51.100.1", 4040), authority="www.example.org"))
+        assert peer.rest() == b"hello 192.0.2.7, you have asked for www.example.org\r\n"
+
+
+def limits(tmp_path):
+    child, port = serving("limits", tmp_path)
+    with child, Peer(port) as first, Peer(port) as second:
+        for peer in (first, second):
+            peer.send(b"hello\r\n")
+            assert peer.read(7) == b"hello\r\n"
+        with Peer(port) as third:
+            assert third.read(1) == b""
+        assert "max_connections_per_ip, 2: one more connection of 127.0.0.1" in child.error_output()
+
+
+def stopping(tmp_path):
+    child, port = serving("stopping", tmp_path)
+    with child:
+        with Peer(port) as peer:
+            peer.send(b"hello\r\nhalf a li")
+            assert peer.read(7) == b"hello\r\n"
+            child.process.send_signal(signal.SIGTERM)
+            assert peer.read(100) == b"goodbye\r\n"
+        assert child.end() == 0
+
+
 def typed(tmp_path):
     child, port = serving("typed", tmp_path)
     with child, Peer(port) as peer:
@@ -311,6 +342,7 @@ def testing(tmp_path):
 
 
 CHECKS = {
+    "behind-proxy": behind_proxy,
     "blocking": blocking,
     "chat": chat,
     "client": client,
@@ -319,6 +351,7 @@ CHECKS = {
     "files": files,
     "framer": framer,
     "lengths": lengths,
+    "limits": limits,
     "never-start": never_start,
     "overflow": overflow,
     "packed": packed,
@@ -327,6 +360,7 @@ CHECKS = {
     "read": read,
     "reconnecting": reconnecting,
     "starttls": starttls,
+    "stopping": stopping,
     "testing-conftest": testing,
     "testing-test": testing,
     "text": text,

@@ -694,6 +694,11 @@ CHANGED = {
     "write_timeout": (7.0, None),
     "connect_timeout": (8.0, 9.0),
     "handshake_timeout": (11.0, 12.0),
+    "idle_timeout": (13.0, None),
+    "read_rate": (1000.0, 2000.0),
+    "chunk_rate": (100, None),
+    "callback_timeout": (14.0, None),
+    "linger_timeout": (15.0, 16.0),
     "allow_half_open": (True, False),
     "remote_address": (("192.0.2.1", 1), ("192.0.2.2", 2)),
 }
@@ -724,7 +729,7 @@ def test_settings_of_every_connection_are_those_of_connect(server_of, client_of,
 
 
 def test_settings_all_have_a_test():
-    own = {"initial_delay", "max_delay", "stable_time"}
+    own = {"initial_delay", "max_delay", "stable_time", "proxy_header"}  # the latter: see test_proxy_server
     assert set(ReconnectingClient._settings) - own == set(CHANGED) - {"allow_half_open", "remote_address"}
 
 
