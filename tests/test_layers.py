@@ -23,7 +23,7 @@ FLOORS = [
     {"_cutting": ""},
     {"_socket_file": "fcntl gevent os socket"},
     # Each outside thing has one door.
-    {"_sockets": "gevent os socket", "_tls": "ssl", "_tls_options": "os ssl"},
+    {"_sockets": "gevent os select socket", "_tls": "ssl", "_tls_options": "os ssl"},
     {"_packets": "gevent os socket"},
     {"_adopting": "socket", "_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"engine": "contextvars gevent greenlet logging os threading time"},
@@ -31,7 +31,7 @@ FLOORS = [
     {"_certificates": "logging time", "_files": "io logging os tempfile"},
     {"_callbacks": "logging", "_server_tls": "logging"},
     {"_datagram_state": "logging", "_stream_state": "logging", "_dialling": "os socket", "_room": "gevent greenlet logging"},
-    {"_straight": "greenlet", "_stream_tls": ""},
+    {"_datagram_output": "contextvars logging socket", "_straight": "greenlet", "_stream_tls": ""},
     {"datagram": "contextvars greenlet logging socket", "stream": "contextvars greenlet logging socket"},
     {"server": "contextvars greenlet logging socket", "client": "contextvars greenlet logging random"},
     {"network": "", "unix": "grp os pwd"},

@@ -302,7 +302,7 @@ def threads(tmp_path):
         assert sorted(child.output.splitlines()) == ["499999500000", "called from a thread"]
 
 
-def testing(tmp_path):
+def kit(tmp_path):
     (tmp_path / "conftest.py").write_text(PROGRAMS["testing-conftest"])
     (tmp_path / "test_shout.py").write_text(PROGRAMS["testing-test"])
     with Child("-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path, cwd=tmp_path) as child:
@@ -327,8 +327,8 @@ CHECKS = {
     "read": read,
     "reconnecting": reconnecting,
     "starttls": starttls,
-    "testing-conftest": testing,
-    "testing-test": testing,
+    "testing-conftest": kit,
+    "testing-test": kit,
     "text": text,
     "threads": threads,
     "timers": timers,
