@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--key")
     given = parser.parse_args()
     if given.mode == "sendfile":
+        if not given.files:
+            parser.error("sendfile takes the FILE that is to be sent")
         Files.path = given.files[0]
     server = Packets() if given.mode == "udp" else Server(MODES[given.mode])
     if given.mode == "tls":

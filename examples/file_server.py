@@ -9,7 +9,6 @@ import sys
 
 from pants_green import Connection, Server, engine
 
-port = int(sys.argv[1]) if len(sys.argv) > 1 else 4040
 root = pathlib.Path(sys.argv[2] if len(sys.argv) > 2 else ".").resolve()
 
 
@@ -31,8 +30,10 @@ class FileServer(Connection):
 
 
 try:
-    server = Server(FileServer).listen(port)
+    server = Server(FileServer).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
     print(f"Serving {root} on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
+except (OSError, ValueError) as error:
+    sys.exit(str(error))
 except KeyboardInterrupt:
     print("\nBye.")

@@ -22,10 +22,10 @@ class Neighbour(Datagram):
                 self.write(f"welcome {me}")  # to the one who has called, and to nobody else
 
 
-port = int(sys.argv[1]) if len(sys.argv) > 1 else 4040
 me = sys.argv[2] if len(sys.argv) > 2 else "somebody"
 interface = sys.argv[3] if len(sys.argv) > 3 else None
 try:
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 4040
     hears = Neighbour().listen(("", port), reuse_address=True)  # several programs of one machine may hear the same
     hears.join(GROUP, interface)
     calls = Neighbour()

@@ -16,7 +16,7 @@ KINDS: dict[int, str] = {stdlib_socket.SOCK_STREAM: "stream", stdlib_socket.SOCK
 
 
 def adopt(sock: Any, kind: int, owner: str) -> tuple[Any, dict[str, Any] | None]:
-    """Take over the descriptor of a socket; one that is not gevent's own, or has TLS, loses it.
+    """Take over the descriptor of a socket; one that is not gevent's own, is another thread's, or has TLS, loses it.
 
     Args:
         sock: a socket of gevent or of the standard library, or an SSLSocket of either before its handshake.
@@ -47,9 +47,8 @@ def adopt(sock: Any, kind: int, owner: str) -> tuple[Any, dict[str, Any] | None]
         tls = {"context": sock.context, "server_side": sock.server_side}
         if sock.server_hostname is not None:
             tls["server_hostname"] = sock.server_hostname
-    if tls is not None or not isinstance(sock, _sockets.GeventSocket):
-        family, proto = sock.family, sock.proto
-        sock = _sockets.GeventSocket(family, kind, proto, sock.detach())
+    if tls is not None or not _sockets.is_of_this_thread(sock):
+        sock = _sockets.take_over(sock)
     if kind == stdlib_socket.SOCK_STREAM and sock.family != AF_UNIX:
         _sockets.set_tcp_defaults(sock)
     return sock, tls

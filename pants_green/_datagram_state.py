@@ -14,20 +14,12 @@ from pants_green._cutting import Encoding, ReadDelimiter, RegexSearch, framer_of
 from pants_green._delimiters import check_encoding
 from pants_green._inbox import Inbox
 from pants_green._lifecycle import DATAGRAM_MOVES, LISTENING, Event
-from pants_green._limits import Limits
+from pants_green._limits import Limits, TimeLimit
 from pants_green._settings import Setting, byte_count, seconds, truth
 from pants_green.channel import Channel
 from pants_green.errors import WriteTimeout
 
 __all__ = ["DatagramState", "SocketOption"]
-
-
-class TimeLimit(Setting[float | None]):
-    """Seconds; what runs already runs anew."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        super().__set__(instance, value)
-        instance._limit_changed(self.name.removesuffix("_timeout"))
 
 
 class SocketOption(Setting[Any]):
@@ -230,6 +222,7 @@ class DatagramState(PacketCallbacks[Chunk]):
     _encoding: str | None
     _write_limit: int
     _write_timeout: float | None
+    _broadcast: bool
     _writes_dropped = 0
     _retry_timer: Any = None
 
@@ -288,7 +281,7 @@ class DatagramState(PacketCallbacks[Chunk]):
 
     @property
     def writes_dropped(self) -> int:
-        """How many packets were dropped, for they had waited too long, or there was no room where they could wait."""
+        """How many packets were dropped: they had waited too long, or there was no room for them, or for the error that tells of them."""
         return self._writes_dropped
 
     def _describe(self) -> str:

@@ -1,21 +1,31 @@
-"""Time limits of a stream, all on one timer, which is armed again only when it fires; no timer is started or stopped per receive.
+"""Time limits of a channel, all on one timer, which is armed again only when it fires; no timer is started or stopped per receive.
 
-What is limited, and what happens then, is the business of ``stream``.
+What is limited, and what happens then, is the business of ``stream`` and ``datagram``.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+from pants_green._settings import Setting
 from pants_green._timers import Timer
 from pants_green.engine import Engine
 
-__all__ = ["Limits"]
+__all__ = ["Limits", "TimeLimit"]
+
+
+class TimeLimit(Setting[float | None]):
+    """Seconds; what runs already runs anew, for which its owner has ``_limit_changed(which)``."""
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        super().__set__(instance, value)
+        instance._limit_changed(self.name.removesuffix("_timeout"))
 
 
 class Limits:
-    """The limits that run for one stream.
+    """The limits that run for one channel.
 
     Args:
-        engine: the engine of the stream.
+        engine: the engine of the channel.
         on_hit: ``on_hit(which)``, called in the hub when the time of a limit is up.
     """
 

@@ -1,6 +1,6 @@
 """The door to gevent's datagram sockets: making, binding, options, multicast groups. Nothing here waits.
 
-Looking up, and what a gevent socket is made of, is the business of ``_sockets``.
+Looking up, and what a gevent socket is made of, is the business of ``_sockets``; the file of a Unix socket is that of ``_socket_file``.
 """
 
 import errno
@@ -16,6 +16,7 @@ import gevent.socket
 
 from pants_green import _sockets
 from pants_green._address import AF_UNIX, Address, format_address
+from pants_green._socket_file import bind_file, too_long
 
 __all__ = [
     "DGRAM",
@@ -27,6 +28,7 @@ __all__ = [
     "bind_anywhere",
     "connect",
     "family_name",
+    "fitting",
     "make",
     "membership",
     "only_from",
@@ -92,6 +94,18 @@ def receive_size(family: int) -> int:
     return 64 * 1024 if family != AF_UNIX else 512 * 1024
 
 
+def fitting(found: list[Address], family: int | None) -> Address | None:
+    """Return the one to take of the addresses of a name; None if there is none of `family`.
+
+    That of ``localhost``, which has two on many machines, is the one of IPv4: where ``listen(port)`` and most other programs are.
+    What goes to the other one is lost, and nobody says so.
+    """
+    fit = [one for one in found if family in (None, one.family)]
+    if fit and fit[0].sockaddr[0] == "::1":
+        fit.sort(key=lambda one: one.sockaddr[0] != "127.0.0.1")
+    return fit[0] if fit else None
+
+
 def only_from(peer: Any, recvfrom: Callable[[int], tuple[bytes, Any]]) -> Callable[[int], tuple[bytes, Any]]:
     """Return a ``recvfrom()`` that leaves out what others have sent, before the socket was tied to `peer`."""
 
@@ -106,10 +120,7 @@ def only_from(peer: Any, recvfrom: Callable[[int], tuple[bytes, Any]]) -> Callab
 
 def reason(code: int, sockaddr: Any) -> str:
     """Return why nothing can be sent to an address, and what is known beside that."""
-    if code == errno.ENAMETOOLONG:
-        size = len(os.fsencode(sockaddr))
-        return f"{os.strerror(code)}; it has {size} bytes, and the address of a Unix socket holds 107 on Linux, 103 elsewhere"
-    return os.strerror(code)
+    return os.strerror(code) if code != errno.ENAMETOOLONG else f"{os.strerror(code)}; {too_long(sockaddr)}"
 
 
 def make(family: int) -> Any:
@@ -134,7 +145,7 @@ def bind(sock: Any, address: Address, *, reuse_port: bool, reuse_address: bool) 
     """
     try:
         if address.family == AF_UNIX:
-            return _sockets.bind_file(sock, address.sockaddr)
+            return bind_file(sock, address.sockaddr)
         if reuse_address:
             sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
         if reuse_port:

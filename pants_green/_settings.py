@@ -5,7 +5,7 @@ from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["Setting", "SettingsType", "byte_count", "one_of", "per_second", "positive_count", "seconds", "truth"]
+__all__ = ["Setting", "SettingsType", "byte_count", "duration", "one_of", "per_second", "positive_count", "seconds", "truth"]
 
 T = TypeVar("T")
 
@@ -131,13 +131,20 @@ def byte_count(name: str, value: Any) -> int:
 
 def seconds(name: str, value: Any) -> float | None:
     """Check a number of seconds of more than 0, or None for no limit; for a `Setting`."""
-    if value is None:
-        return None
+    return None if value is None else _more_than_none(name, value, ", or None for no limit")
+
+
+def duration(name: str, value: Any) -> float:
+    """Check a number of seconds of more than 0; for a `Setting`."""
+    return _more_than_none(name, value, "")
+
+
+def _more_than_none(name: str, value: Any, other: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a number of seconds, or None for no limit, not {value!r}")
+        raise TypeError(f"{name} is a number of seconds{other}, not {value!r}")
     if _positive(value):
         return value
-    raise ValueError(f"{name} is a finite number of seconds and more than 0, or None for no limit, not {value!r:.100}")
+    raise ValueError(f"{name} is a finite number of seconds and more than 0{other}, not {value!r:.100}")
 
 
 def _positive(value: float) -> bool:

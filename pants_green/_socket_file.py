@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows, which has no such files either
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Permissions", "SocketFile", "bind_file", "is_abstract"]
+__all__ = ["Permissions", "SocketFile", "bind_file", "is_abstract", "too_long"]
 
 #: How often a lock that somebody else holds is tried again, and the seconds between: it is held for a few system calls.
 LOCK_TRIES = 100
@@ -129,6 +129,11 @@ def is_abstract(path: Any) -> bool:
     return path[:1] in ("\0", b"\0")
 
 
+def too_long(path: str | bytes) -> str:
+    """Say what is wrong with a path that no socket can have."""
+    return f"it has {len(os.fsencode(path))} bytes, and the address of a Unix socket holds 107 on Linux, 103 elsewhere"
+
+
 def _bind(sock: Any, path: str | bytes) -> None:
     try:
         sock.bind(path)
@@ -223,7 +228,7 @@ def _unlock(descriptor: int) -> None:
 def _advice(code: int, path: str | bytes) -> str:
     """Return what to do about a path that cannot be bound to; empty where nothing is known."""
     if code == errno.ENAMETOOLONG:
-        return f"it has {len(os.fsencode(path))} bytes, and the address of a Unix socket holds 107 on Linux, 103 elsewhere"
+        return too_long(path)
     if code == errno.EADDRINUSE:
         return _who_has(path)
     directory = os.fsdecode(os.path.dirname(path)) or os.curdir

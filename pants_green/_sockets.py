@@ -1,17 +1,20 @@
 """The door to gevent's sockets: making, binding, dialling, accepting, looking up, and what their errors mean.
 
 The private parts of a gevent socket that the hot path needs are touched here and nowhere else: the C socket under it
-(``_sock``) and its two watchers (``_read_event``, ``_write_event``). Nothing here waits, but for ``resolve``.
+(``_sock``) and its two watchers (``_read_event``, ``_write_event``). Nothing here waits, but for what looks names up, and for
+``wait_readable`` and ``wait_writable``.
 """
 
 import errno
 import os
+import select
 import socket as stdlib_socket
 import struct
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import gevent
 import gevent.exceptions
 import gevent.socket
 from gevent import monkey
@@ -29,7 +32,6 @@ __all__ = [
     "PlainSocket",
     "Ports",
     "abandon",
-    "bind_file",
     "close",
     "connect_at_once",
     "descriptor_of",
@@ -39,6 +41,7 @@ __all__ = [
     "has_files",
     "in_progress",
     "ipv6_works",
+    "is_of_this_thread",
     "listen",
     "listen_all",
     "local_sockaddr",
@@ -50,8 +53,10 @@ __all__ = [
     "resolve",
     "set_tcp_defaults",
     "shutdown_output",
+    "take_over",
     "wait_readable",
     "wait_writable",
+    "was_connected",
 ]
 
 #: The peer, or the path to it, is gone: the usual ways in which a connection ends without a FIN.
@@ -122,6 +127,7 @@ FIELDS_ARE_KNOWN = {name for kind in GeventSocket.__mro__ for name in getattr(ki
 # The lookup that stays in this greenlet, also in a monkey-patched process; used for numeric hosts only.
 _plain_getaddrinfo: Callable[..., Any] = monkey.get_original("socket", "getaddrinfo")
 _plain_socket: Callable[..., Any] = monkey.get_original("socket", "socket")
+_plain_poll: Any = monkey.get_original("select", "poll") if hasattr(select, "poll") else None  # gevent's waits for the hub
 
 
 #: What a stream needs of its socket between receives and sends: ``recv(size) -> bytes`` and ``send(data) -> int``, which
@@ -134,6 +140,19 @@ def ports_of(sock: Any) -> Ports:
     # Measured against the socket's own recv and send: work per CPU second 1.16 in ping-pong, 1.6 in bulk.
     bare = sock._sock
     return bare.recv, bare.send, sock._read_event, sock._write_event
+
+
+def is_of_this_thread(sock: Any) -> bool:
+    """Tell whether it is a gevent socket whose watchers belong to this thread's hub: those of another would never fire here."""
+    return isinstance(sock, GeventSocket) and sock.hub is gevent.get_hub()
+
+
+def take_over(sock: Any) -> Any:
+    """Return a gevent socket of this thread on the descriptor of another socket, which is of no use any more."""
+    family, kind, proto = sock.family, sock.type, sock.proto
+    foreign = isinstance(sock, GeventSocket) and not is_of_this_thread(sock)
+    # What gevent's own detach() does about the watchers is for the thread of their hub to do.
+    return GeventSocket(family, kind, proto, sock._sock.detach() if foreign else sock.detach())
 
 
 def descriptor_of(sock: Any) -> int | None:
@@ -369,7 +388,8 @@ def _bind_source(sock: Any, source: Address) -> None:
     try:
         sock.bind(source.sockaddr)
     except OSError as error:
-        hint = ", which is no address of this machine" if error.errno == errno.EADDRNOTAVAIL else ""
+        hints = {errno.EADDRNOTAVAIL: ", which is no address of this machine", errno.EINVAL: "; the given socket is bound already"}
+        hint = hints.get(error.errno or 0, "")
         raise OSError(error.errno, f"{error.strerror}: source_address {format_address(source.sockaddr)}{hint}") from error
 
 
@@ -513,6 +533,16 @@ def remote_sockaddr(sock: Any) -> Any:
         return sock.getpeername()
     except OSError:
         return None
+
+
+def was_connected(sock: Any) -> bool:
+    """Tell whether a stream socket that has no peer had one: it was reset, and there is that, and what came before, to be read."""
+    if _plain_poll is None:
+        return False
+    poll = _plain_poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    # One that was never connected hangs up, too, but has nothing to be read, not even an end.
+    return any(events & select.POLLIN for _, events in poll.poll(0))
 
 
 def _with_port(sockaddr: Sockaddr, port: int) -> Any:

@@ -13,7 +13,7 @@ from pants_green._cutting import Encoding, ReadDelimiter, RegexSearch, framer_of
 from pants_green._delimiters import Incremental, check_encoding
 from pants_green._inbox import Inbox
 from pants_green._lifecycle import CONNECTING, STREAM_MOVES, Event
-from pants_green._limits import Limits
+from pants_green._limits import Limits, TimeLimit
 from pants_green._meter import Meter
 from pants_green._outbox import Outbox
 from pants_green._settings import Setting, byte_count, one_of, per_second, seconds, truth
@@ -52,14 +52,6 @@ class Mark(Setting[int]):
     def __set__(self, instance: Any, value: Any) -> None:
         super().__set__(instance, value)
         instance._mark = min(instance._high_water, instance._write_limit)
-
-
-class TimeLimit(Setting[float | None]):
-    """Seconds; what runs already runs anew."""
-
-    def __set__(self, instance: Any, value: Any) -> None:
-        super().__set__(instance, value)
-        instance._limit_changed(self.name.removesuffix("_timeout"))
 
 
 class Measured(Setting[float | None]):

@@ -2,7 +2,6 @@
 
 import contextvars
 import logging
-import math
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -12,7 +11,7 @@ from pants_green._address import Address, format_address
 from pants_green._callbacks import Chunk
 from pants_green._client_proxy import HeaderSetting, HeaderToSend, header_to_send
 from pants_green._lifecycle import CLOSE, CONNECTING, ESTABLISH, NEW, CloseReason, Event
-from pants_green._settings import Setting
+from pants_green._settings import Setting, duration
 from pants_green._timers import Timer
 from pants_green._tls_socket import TLSSocket
 from pants_green.errors import ChannelClosed, ChannelStateError
@@ -82,18 +81,6 @@ class Client(Stream[Chunk]):
         super()._set_out(address, source, context)
 
 
-def _duration(name: str, value: Any) -> float:
-    """Check a number of seconds of more than 0; for a `Setting`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a number of seconds, not {value!r}")
-    try:
-        if math.isfinite(value) and value > 0:
-            return value
-    except OverflowError:
-        pass  # an int that no float can hold
-    raise ValueError(f"{name} is a finite number of seconds and more than 0, not {value!r:.100}")
-
-
 class _Plan(NamedTuple):
     """How to dial again: the arguments of ``connect()``, its context variables, and what had been set before."""
 
@@ -124,13 +111,13 @@ class ReconnectingClient(Client[Chunk]):
     __slots__ = ()
 
     #: Seconds up to which the delay before the first new attempt may be.
-    initial_delay: Setting[float] = Setting(1.0, _duration)
+    initial_delay: Setting[float] = Setting(1.0, duration)
 
     #: Seconds up to which any delay may be.
-    max_delay: Setting[float] = Setting(60.0, _duration)
+    max_delay: Setting[float] = Setting(60.0, duration)
 
     #: Seconds that a connection has to have stood for the delays to begin anew.
-    stable_time: Setting[float] = Setting(10.0, _duration)
+    stable_time: Setting[float] = Setting(10.0, duration)
 
     _initial_delay: float
     _max_delay: float

@@ -2,13 +2,13 @@
 
     socket -> read loop -> splitter -> on_read -> write() -> socket, or outbox -> socket
 
-This file reads in that order: Opening, Reading, Writing, Closing. The socket itself is in ``_packets``.
+This file reads in that order: Opening, Reading, Writing, Closing. What a channel is made of, and what its user may override, is in
+``_datagram_state``; what waits to be sent in ``_datagram_output``; the socket itself in ``_packets``.
 """
 
 import contextvars
-import errno
 import logging
-from socket import AF_INET, AF_INET6, AF_UNSPEC
+from socket import AF_INET6, AF_UNSPEC
 from typing import Any, Self
 
 from greenlet import getcurrent
@@ -17,36 +17,26 @@ from pants_green import _packets, _sockets
 from pants_green._address import AF_UNIX, Address, format_address, parse_address, parse_connect
 from pants_green._adopting import adopt, is_bound
 from pants_green._callbacks import Chunk
-from pants_green._datagram_state import DatagramState, SocketOption
+from pants_green._datagram_output import DatagramOutput
+from pants_green._datagram_state import SocketOption
 from pants_green._delimiters import Incremental, last_chunk
 from pants_green._inbox import NOTHING
 from pants_green._lifecycle import CLOSE, CLOSED, DRAINING, END, LISTEN, LISTENING, NEW, CloseReason
-from pants_green._limits import Limits
-from pants_green.errors import ChannelClosed, ChannelStateError, DatagramTooLong, InvalidAddressFormatError, WriteTimeout
+from pants_green.errors import ChannelClosed, ChannelStateError, InvalidAddressFormatError
 
 __all__ = ["Datagram"]
 
 #: Seconds for which packets are received one after the other before the other channels get their turn.
 TURN = 0.01
 
-#: Bytes that a packet in the outbox counts beside its own.
-OVERHEAD = 64
-
 #: Addresses of ``write()`` that are kept as the system wants them: to parse one costs as much as to send it.
 KNOWN = 1024
-
-#: Seconds after which a send is tried again where no watcher can tell when there is room: doubled each time, up to the second.
-RETRY_LEAST = 0.001
-RETRY_MOST = 0.1
-
-#: Errors that may wait to be told; more are only counted.
-TROUBLES = 100
 
 #: Where what goes to the peer of ``connect()`` goes.
 THE_PEER: Any = ()
 
 
-class Datagram(DatagramState[Chunk]):
+class Datagram(DatagramOutput[Chunk]):
     """A channel of packets (UDP, or a Unix socket's) that speaks to one peer or to many.
 
     Every packet is one ``on_read``: never merged with another, never cut. All callbacks run in the one greenlet of the channel,
@@ -58,7 +48,7 @@ class Datagram(DatagramState[Chunk]):
     Args:
         socket: a datagram socket of gevent or of the standard library to take over, bound, connected, or neither.
         family: ``socket.AF_INET``, ``AF_INET6`` or ``AF_UNIX``: the addresses that the channel has to do with, of a name, and
-            of every interface (``listen(port)``), too; None: its first address decides.
+            of every interface (``listen(port)``), too; None: its first address decides, of ``localhost`` that of IPv4.
         engine: the Engine, or the module ``pants_green.engine``; by default this thread's.
 
     Raises:
@@ -201,10 +191,10 @@ class Datagram(DatagramState[Chunk]):
                 raise self._misfit(call, address)
             return address
         found = _sockets.resolve(address)
-        for one in found:
-            if family is None or one.family == family:
-                return one
-        raise self._misfit(call, found[0])
+        fits = _packets.fitting(found, family)
+        if fits is None:
+            raise self._misfit(call, found[0])
+        return fits
 
     def _misfit(self, call: str, address: Address) -> InvalidAddressFormatError:
         own = f"the {'channel' if self._socket is None else 'socket'} is {_packets.family_name(self._family or 0)}"
@@ -227,7 +217,7 @@ class Datagram(DatagramState[Chunk]):
 
     def _set_options(self, socket: Any) -> None:
         for name in _packets.OPTIONS:
-            value = getattr(self, name)
+            value = getattr(self, "_" + name)
             if value != SocketOption.system_defaults[name]:
                 _packets.set_option(socket, name, value)
 
@@ -440,11 +430,13 @@ class Datagram(DatagramState[Chunk]):
         return parsed.sockaddr
 
     def _open(self, family: int) -> None:
-        """Make or bind a socket for the first packet, and receive from now on."""
+        """Make or bind a socket for the first packet, and receive from now on, unless end() was called."""
         if self._state is NEW:
             self._with_socket(family, _packets.bind_anywhere)
             self._begin()
             self._post("on_listen")
+        elif self._socket is None:
+            self._with_socket(family, _packets.bind_anywhere)  # only to send what is left
 
     def _as_bytes(self, data: Any) -> bytes:
         if isinstance(data, str):
@@ -469,250 +461,10 @@ class Datagram(DatagramState[Chunk]):
             if self._write_heard and not self._write_told and not self._outbox:
                 self._tell_written()
 
-    def _is_of_earlier(self, error: OSError) -> bool:
-        """If an error is about a packet that was sent before tell the user of it: the one at hand has not been looked at."""
-        code = error.errno
-        if self._peer is None or code not in _packets.ICMP or (self._family == AF_UNIX and code != errno.ECONNRESET):
-            return False
-        self._tell_trouble("on_read_error", self._from_network(error))
-        return True
-
-    def _refused(self, data: bytes, to: Any, error: OSError, at_call: bool) -> None:
-        """The system refuses a packet: raise what is the caller's mistake, and tell what is not."""
-        code = error.errno or errno.ENAMETOOLONG  # Python itself looks how long a path is
-        to = to or self._peer
-        text = f"cannot send to {format_address(to)}: {_packets.reason(code, to)}"
-        if code == errno.EMSGSIZE and at_call:
-            raise self._too_long(data) from None
-        if code == errno.EMSGSIZE:
-            self._tell_trouble("on_write_error", self._too_long(data))
-        elif at_call and code == errno.EACCES and self._family == AF_INET and not self.broadcast:
-            raise PermissionError(code, f"{text}; if that is a broadcast address set broadcast = True on {self!r}") from None
-        elif at_call and code == errno.ENAMETOOLONG:
-            raise OSError(code, text) from None
-        else:
-            self._tell_trouble("on_write_error", OSError(code, text))
-
-    def _too_long(self, data: bytes) -> DatagramTooLong:
-        most = _packets.MOST.get(self._family or 0)
-        if most is None:
-            limit = "its send buffer (SO_SNDBUF) has no room for so many"
-        elif len(data) > most:
-            limit = f"a packet has at most {most} bytes"
-        else:
-            limit = "the way there takes no packet of that length, and to cut it on the way was forbidden"
-        return DatagramTooLong(errno.EMSGSIZE, f"write() on {self!r}: {len(data)} bytes; {limit}")
-
-    def _from_network(self, error: OSError) -> OSError:
-        return OSError(error.errno, f"{format_address(self._peer)} does not take packets: {error.strerror}")
-
-    def _tell_trouble(self, name: str, error: OSError) -> None:
-        if self._posted is not None and len(self._posted) >= TROUBLES:
-            self._writes_dropped += 1  # nobody listens that fast
-        else:
-            self._post(name, error)
-
-    # ---- what waits
-
-    def _queue(self, data: bytes, to: Any, at_call: bool = True) -> None:
-        """Keep a packet until there is room in the kernel."""
-        if len(data) > _packets.MOST.get(self._family or 0, len(data)):
-            if at_call:
-                raise self._too_long(data)
-            self._tell_trouble("on_write_error", self._too_long(data))
-        elif self._counted(data):
-            self._outbox.append((data, to))
-            self._stuck.add(to)
-            if not self._sending:
-                self._wait_for_room()
-
-    def _counted(self, data: bytes) -> bool:
-        """Count a packet that is to wait, if there is room for it; else drop it."""
-        size = len(data) + OVERHEAD
-        if self._pending and self._pending + size > self._write_limit:
-            self._writes_dropped += 1
-            self._log(logging.DEBUG, "a packet of %d bytes was dropped", len(data), event="write_dropped")
-            return False
-        self._pending += size
-        return True
-
-    def _wait_for_room(self) -> None:
-        self._sending = True
-        if self._retry:
-            self._retry_timer = self._engine._in_hub_after(self._retry, self._writable)
-        else:
-            self._writer.start(self._writable)
-        if self._write_timeout is not None and not (self._limits is not None and self._limits.runs("write")):
-            self._limit("write", self._write_timeout)
-
-    def _writable(self) -> None:
-        """Hub: the kernel has room again, or says so."""
-        self._stop_waiting()
-        if self._flush() or not self._outbox:
-            self._retry = 0.0
-        else:
-            # A Unix socket that is tied to no peer is always writable, however full that of the receiver is.
-            self._retry = min(max(self._retry * 2, RETRY_LEAST), RETRY_MOST)
-        if self._outbox and not self._sending:
-            self._wait_for_room()
-
-    def _stop_waiting(self) -> None:
-        self._sending = False
-        if self._writer is not None:
-            self._writer.stop()
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
-            self._retry_timer = None
-
-    def _flush(self) -> int:
-        """Send what the kernel takes, in order to each receiver; return how many packets it took, or will never take."""
-        outbox = self._outbox
-        self._stuck = full = set()  # receivers without room: for a Unix socket each has its own
-        done = 0
-        for _ in range(len(outbox)):
-            packet = outbox.popleft()
-            data, to = packet
-            if to in full:
-                outbox.append(packet)
-                continue
-            try:
-                self._attempt(data, to)
-            except BlockingIOError:
-                if self._family != AF_UNIX:
-                    outbox.appendleft(packet)
-                    break
-                full.add(to)
-                outbox.append(packet)
-                continue
-            except OSError as error:
-                self._refused(data, to, error, at_call=False)
-            self._pending -= len(data) + OVERHEAD
-            done += 1
-        if done and self._limits is not None:
-            self._limits.end("write")
-            if outbox and self._write_timeout is not None:
-                self._limit("write", self._write_timeout)
-        if not outbox:
-            if done and self._write_heard and not self._write_told:
-                self._tell_written()
-            if self._state is DRAINING:
-                self._alert()
-        return done
-
-    def _attempt(self, data: bytes, to: Any) -> None:
-        try:
-            self._sendto(data, to)
-        except OSError as error:
-            if not self._is_of_earlier(error):
-                raise
-            self._sendto(data, to)
-
     def flush(self) -> None:
         """Try to send what waits, now. Never waits."""
         self._engine._enter()
-        if self._outbox:
-            self._stop_waiting()
-            self._flush()
-            if self._outbox:
-                self._wait_for_room()
-
-    def _tell_written(self) -> None:
-        self._write_told = True
-        self._post("_written")
-
-    def _written(self) -> None:
-        """Posted: everything was sent."""
-        self._write_told = False
-        if self._state is not CLOSED:
-            self._call("on_write")
-
-    def _limit(self, which: str, time: float) -> None:
-        if self._limits is None:
-            self._limits = Limits(self._engine, self._limit_hit)
-        self._limits.begin(which, time)
-
-    def _limit_changed(self, which: str) -> None:
-        """A limit has to run anew, or from now on, or no more."""
-        if self._limits is not None:
-            self._limits.end(which)
-        if self._outbox and self._write_timeout is not None:
-            self._limit(which, self._write_timeout)
-
-    def _limit_hit(self, which: str) -> None:
-        """Hub: nothing could be sent for too long."""
-        if self._flush() or not self._outbox or self._write_timeout is None:
-            if not self._outbox:
-                self._stop_waiting()
-            return
-        text = f"nothing could be sent for write_timeout, {self._write_timeout:g} seconds; {len(self._outbox)} packets were dropped"
-        self._stop_waiting()
-        self._retry = 0.0
-        self._writes_dropped += len(self._outbox)
-        self._pending -= sum(len(data) + OVERHEAD for data, _ in self._outbox)
-        self._outbox.clear()
-        self._stuck.clear()
-        self._timeout_error = WriteTimeout(text)
-        self._post("on_timeout", which)
-        if self._state is DRAINING:
-            self._alert()
-
-    # ---- names
-
-    def _queue_for_name(self, data: bytes, address: Address) -> None:
-        """Keep a packet until its receiver's name has been looked up."""
-        if len(data) > max(_packets.MOST.values()):
-            raise self._too_long(data)
-        if not self._counted(data):
-            return
-        waiting = self._names.get(address)
-        if waiting is not None:
-            waiting.append(data)
-            return
-        self._names[address] = [data]
-        self._engine._roots.add(self)
-        self._engine._run_soon(self._look_up, address, contextvars.copy_context())
-
-    def _look_up(self, address: Address) -> None:
-        """In a greenlet of its own, for the resolver waits: look a name up, and send what waits for it."""
-        name = format_address(address.sockaddr)
-        found: list[Address] = []
-        trouble: OSError | None = None
-        try:
-            found = _sockets.resolve(address)
-        except OSError as error:
-            trouble = type(error)(error.errno, f"cannot send to {name}: {error.strerror or error}")
-        finally:
-            waiting = self._names.pop(address, [])
-            self._pending -= sum(len(data) + OVERHEAD for data in waiting)
-        if self._state is CLOSED:
-            return
-        to = next((one for one in found if self._family is None or one.family == self._family), None)
-        if trouble is None and to is None:
-            reason = f"it has no {_packets.family_name(self._family or 0)} address"
-            trouble = OSError(errno.EAFNOSUPPORT, f"cannot send to {name}: {reason}")
-        if to is not None:
-            try:
-                self._open_while_alive(to.family)
-            except (OSError, ValueError) as error:
-                code = error.errno if isinstance(error, OSError) else errno.EINVAL
-                trouble = OSError(code, f"cannot send to {name}: {error}")
-        if trouble is not None:
-            self._writes_dropped += len(waiting)
-            self._tell_trouble("on_write_error", trouble)
-        elif to is not None:
-            for data in waiting:
-                self._queue(data, to.sockaddr, at_call=False)
-            self.flush()
-        if self._state is NEW and not self._names:
-            self._engine._roots.discard(self)
-        elif self._state is DRAINING:
-            self._alert()
-
-    def _open_while_alive(self, family: int) -> None:
-        if self._state is DRAINING and self._socket is None:
-            self._with_socket(family, _packets.bind_anywhere)
-        elif self._state is NEW:
-            self._open(family)
+        self._flush_all()
 
     # ---- multicast
 
@@ -752,6 +504,9 @@ class Datagram(DatagramState[Chunk]):
 
         ``on_close`` follows in the channel's own greenlet. Repeated calls do nothing.
         """
+        self._end()
+
+    def _end(self) -> None:
         if self._state is CLOSED or self._state is DRAINING:
             return
         self._engine._enter()
@@ -771,7 +526,7 @@ class Datagram(DatagramState[Chunk]):
             flush: ``close(flush=True)`` is ``end()``.
         """
         if flush:
-            self.end()
+            self._end()
         elif self._state is not CLOSED:
             self._engine._enter()
             self._shut(CloseReason.CLOSED_HERE)
@@ -793,18 +548,9 @@ class Datagram(DatagramState[Chunk]):
         if self._outbox and reason is CloseReason.CLOSED_HERE:
             self._flush()
         self._move(CLOSE)
-        dropped = len(self._outbox) + sum(map(len, self._names.values()))
+        dropped = self._drop_output()
         if dropped:
-            self._writes_dropped += dropped
             self._log(logging.DEBUG, "%d packets were not sent (%s)", dropped, reason, event="dropped")
-        self._outbox.clear()
-        self._stuck.clear()
-        self._names.clear()
-        self._pending = 0
-        self._stop_waiting()
-        if self._limits is not None:
-            self._limits.cancel()
-            self._limits = None  # it holds the channel
         if self._socket is not None:
             self._drop_socket()
         self._engine._roots.discard(self)

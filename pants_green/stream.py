@@ -164,9 +164,9 @@ class Stream(StreamState[Chunk]):
         """Stand on a socket of the user's: live on one that is connected, keep another for ``connect()``."""
         owner = type(self).__name__
         if isinstance(socket, TLSSocket):
+            if socket.fileno() < 0:
+                raise TypeError(f"{owner}(socket=) takes an open socket; {socket!r} is closed")
             self._remote = _sockets.remote_sockaddr(socket)
-            if self._remote is None:
-                raise TypeError(f"{owner}(socket=) takes a connected socket; {socket!r} is not; use connect(address) to dial")
             self._engine._enter()  # before the socket is of no use any more
             tls = socket._hand_over()
             self._socket = socket
@@ -187,7 +187,7 @@ class Stream(StreamState[Chunk]):
             raise
         self._use(socket, _sockets.ports_of(socket))
         self._remote = _sockets.remote_sockaddr(socket)
-        if self._remote is not None:
+        if self._remote is not None or _sockets.was_connected(socket):
             self._start(socket)
 
     def _start(self, socket: Any) -> None:
@@ -362,7 +362,7 @@ class Stream(StreamState[Chunk]):
                 self._open_securely()
             elif self._socket is not None:
                 self._move(ESTABLISH)
-            if self._state is OPEN:
+            if self._state is OPEN or self._state is READ_ONLY:  # on_ssl_handshake may have ended the output
                 if self._metered:
                     self._limit_changed("idle")
                 if self._counter is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from pants_green import _sockets
 from pants_green._address import NOT_GIVEN, Address, parse_address, parse_listen
+from pants_green._adopting import is_bound
 from pants_green._callbacks import Chunk
 from pants_green._socket_file import Permissions, is_abstract
 from pants_green.client import Client
@@ -61,6 +62,10 @@ class UnixStream(Stream[Chunk]):
         if self._credentials is None:
             self._credentials = _sockets.peer_credentials(self._socket)
         super()._let_go()
+
+    def _begin_anew(self, chosen: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        super()._begin_anew(chosen)
+        self._credentials = None  # the next peer may be another process
 
     def _describe(self) -> str:
         text, known = super()._describe(), self.peer_credentials
@@ -147,7 +152,7 @@ class UnixServer(Server):
             OSError: the path is in use or cannot be bound to, or the permissions cannot be given. The server stays as it was, no
                 file is left, and it may try another.
         """
-        if path is NOT_GIVEN and self._given is not None and (mode, owner, group) == (None, None, None):
+        if path is NOT_GIVEN and self._given is not None and is_bound(self._given) and (mode, owner, group) == (None, None, None):
             return super().listen(backlog=backlog)
         what = f"{type(self).__name__}.listen()"
         address = _check_path(what, path, "Server")

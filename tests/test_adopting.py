@@ -13,15 +13,30 @@ from certificates import authority, server_context
 from echoes import Echo
 from gevent import monkey
 from needs import needs_ipv6
-from waiting import nothing_is_kept, until  # noqa: F401
+from peers import ListeningPeer
+from test_datagram import in_new_thread
+from waiting import nothing_is_kept, turns, until  # noqa: F401
 
-from pants_green import ChannelStateError, Client, CloseReason, InvalidAddressFormatError, Server, Stream, StreamServer
+from pants_green import (
+    ChannelStateError,
+    Client,
+    CloseReason,
+    Datagram,
+    Engine,
+    InvalidAddressFormatError,
+    Server,
+    Stream,
+    StreamServer,
+)
+from pants_green._sockets import remote_sockaddr
 
 AF_INET, AF_INET6, AF_UNIX = patchable_socket.AF_INET, patchable_socket.AF_INET6, patchable_socket.AF_UNIX
 SOCK_DGRAM, SOL_SOCKET, TCP_NODELAY = patchable_socket.SOCK_DGRAM, patchable_socket.SOL_SOCKET, patchable_socket.TCP_NODELAY
 
 MAKERS = {"gevent": gevent.socket.socket, "stdlib": monkey.get_original("socket", "socket")}
 CONTEXTS = {"gevent": gevent.ssl.SSLContext, "stdlib": monkey.get_original("ssl", "SSLContext")}
+if monkey.is_module_patched("ssl"):
+    del CONTEXTS["stdlib"]  # which itself cannot wrap a socket any more
 OWNERS = {"Stream": Stream, "Client": Client, "Server": Server, "StreamServer": StreamServer}
 
 both_makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -59,7 +74,7 @@ def bound(sock, address=("127.0.0.1", 0)):
 
 def connected(sock, server):
     sock.settimeout(5.0)  # that the connection stands is the kernel's doing, so nobody waits here for real
-    sock.connect(server.local_address)
+    sock.connect(server.address if isinstance(server, ListeningPeer) else server.local_address)
     return sock
 
 
@@ -142,6 +157,12 @@ def test_adopted_socket_has_no_delay_and_is_kept_alive(echo):
     assert answered(stream)
 
 
+def test_source_address_and_a_socket_that_is_bound_already_do_not_go_together(echo, recorder):
+    recorder.of(Stream)(socket=bound(gevent.socket.socket())).connect(echo.local_address, source_address=("127.0.0.1", 0))
+    assert recorder.wait_for("on_close").names() == ["on_connect_error", "on_close"]
+    assert "the given socket is bound already" in str(recorder[0][1])
+
+
 def test_stream_that_never_dials_closes_its_socket(recorder):
     sock = MAKERS["stdlib"]()
     number = sock.fileno()
@@ -167,6 +188,21 @@ def test_refused_dial_closes_the_given_socket(recorder):
     assert recorder[0][1].errno == 111 or "refused" in str(recorder[0][1])
     assert stream.fileno is None
     nobody.close()
+
+
+@both_makers
+@pytest.mark.parametrize("said", [b"last words", b""], ids=["data", "nothing"])
+def test_socket_whose_peer_has_reset_it_meanwhile_is_a_connection_that_ends(make, said, recorder):
+    with ListeningPeer() as listening:
+        sock = connected(make(), listening)
+        peer = listening.accept()
+    peer.send(said)
+    peer.reset()
+    until(lambda: remote_sockaddr(sock) is None)
+    stream = recorder.of(Stream)(socket=sock)
+    recorder.wait_for("on_close")
+    assert recorder == [("on_connect",), *([("on_read", said)] if said else []), ("on_close",)]
+    assert stream.close_reason is CloseReason.PEER_LEFT
 
 
 def test_stream_on_a_connected_socket_cannot_dial(echo):
@@ -319,6 +355,33 @@ def test_server_of_a_wrong_class_takes_no_socket():
     sock.close()
 
 
+def test_gevent_sockets_of_another_thread_are_served_in_this_one():
+    one, other = (gevent.socket.socket(fileno=sock.detach()) for sock in patchable_socket.socketpair())
+    packets = bound(gevent.socket.socket(type=SOCK_DGRAM))
+    listening = bound(gevent.socket.socket())
+    listening.listen()
+    heard = []
+
+    class Hearing(Datagram):
+        def on_read(self, data):
+            heard.append(data)
+            self.close()
+
+    def life():
+        channels = [Echo(socket=one), Asking(socket=other), Hearing(socket=packets), server := Server(Echo, socket=listening)]
+        Datagram().write(b"packet", channels[2].local_address)
+        channels.append(Asking().connect(server.local_address))
+        until(lambda: all(channel.closed for channel in channels if channel is not server) and heard)
+        for channel in Engine.instance().channels:
+            channel.close()
+        turns()  # in which they have their on_close
+        gevent.get_hub().destroy(destroy_loop=True)
+        return [channels[1].answer, channels[4].answer, *heard]
+
+    assert in_new_thread(life) == [b"hello\n", b"hello\n", b"packet"]
+    assert [sock.fileno() for sock in (one, other, packets, listening)] == [-1] * 4
+
+
 # ---- with TLS
 
 
@@ -383,7 +446,7 @@ def test_s2_14_ssl_options_and_a_socket_that_listens():
 
 def test_options_beside_a_context_of_the_socket_are_an_error():
     for owner, options in ((Stream, {}), (Server, authority().localhost)):
-        wrapped = server_context_of("stdlib").wrap_socket(MAKERS["stdlib"](), server_side=True)
+        wrapped = server_context_of("gevent").wrap_socket(MAKERS["gevent"](), server_side=True)
         with pytest.raises(ChannelStateError, match="has a context of its own"):
             owner(socket=wrapped, ssl_options=options)
         wrapped.close()

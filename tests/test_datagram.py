@@ -1163,6 +1163,21 @@ def test_write_to_a_name_takes_the_address_of_the_sockets_family(listening, peer
     assert one.read() == [b"x"]
 
 
+@pytest.mark.parametrize("call", ["listen", "connect", "write"])
+def test_localhost_is_where_a_channel_that_listens_on_a_port_is(keep, names, recorder, call):
+    names["localhost"] = ["::1", "127.0.0.1"]
+    if call == "listen":
+        assert keep(Datagram()).listen(("localhost", 0)).local_address[0] == "127.0.0.1"
+        return
+    port = keep(recording(recorder, "on_read")()).listen(0).local_address[1]
+    channel = keep(Datagram())
+    if call == "connect":
+        channel.connect("localhost", port).write(b"x")
+    else:
+        channel.write(b"x", ("localhost", port))
+    recorder.wait_for(("on_read", b"x"))
+
+
 def test_write_to_a_name_of_what_is_too_long_for_its_family_is_told(listening, peer, names, recorder):
     names["four.test"] = ["127.0.0.1"]
     channel = listening(recording(recorder))

@@ -32,11 +32,7 @@ def test_all_names_what_is_there(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        for name in MODULES
-        if "._" in name
-    ],
+    [name for name in MODULES if "._" in name],
 )
 def test_all_of_a_private_module_names_everything_that_others_take(name):
     """What is not in the list is nobody else's business; a public module's list is for users."""

@@ -24,7 +24,7 @@ FLOORS = [
     {"_socket_file": "fcntl gevent os socket"},
     {"_buckets": "", "_networks": "", "_reports": "logging"},
     # Each outside thing has one door.
-    {"_sockets": "gevent os socket", "_tls": "ssl", "_tls_options": "os ssl"},
+    {"_sockets": "gevent os select socket", "_tls": "ssl", "_tls_options": "os ssl"},
     {"_packets": "gevent os socket"},
     {"_adopting": "socket", "_tls_socket": "socket", "_pool": "greenlet threading", "_scheduler": "logging", "_signals": "os signal"},
     {"_drain": "logging signal"},
@@ -37,7 +37,13 @@ FLOORS = [
     {"_stopping": "gevent greenlet logging"},
     {"_datagram_state": "logging", "_stream_state": "logging", "_dialling": "os socket", "_room": "gevent greenlet logging"},
     {"_client_proxy": ""},
-    {"_straight": "greenlet", "_stream_tls": "", "_counter": "", "_budget": ""},
+    {
+        "_datagram_output": "contextvars logging socket",
+        "_straight": "greenlet",
+        "_stream_tls": "",
+        "_counter": "",
+        "_budget": "",
+    },
     {"datagram": "contextvars greenlet logging socket", "stream": "contextvars greenlet logging socket"},
     {"server": "contextvars greenlet logging random socket", "client": "contextvars greenlet logging random"},
     {"network": "", "unix": "grp os pwd"},

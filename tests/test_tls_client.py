@@ -215,6 +215,18 @@ def test_on_ssl_handshake_that_closes_is_not_followed_by_on_connect(listener, cl
     assert recorder == [("on_ssl_handshake",), ("on_close",)]
 
 
+def test_on_ssl_handshake_that_ends_the_output_is_followed_by_on_connect_and_reading(listener, client_of, recorder):
+    client = client_of(listener.address, trust(), on_ssl_handshake=lambda self: self.write_eof())
+    tls = listener.secure()
+    assert tls.at_eof()
+    tls.send(b"answer")
+    recorder.wait_for(("on_read", b"answer"))
+    assert client.connected
+    tls.shutdown_output()
+    recorder.wait_for("on_close")
+    assert recorder.names() == ["on_ssl_handshake", "on_connect", "on_read", "on_end", "on_close"]
+
+
 def test_startSSL_twice_is_refused(recorder):
     client = Client(ssl_options=trust())
     with pytest.raises(RuntimeError, match="speaks TLS already"):

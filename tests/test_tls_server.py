@@ -30,7 +30,7 @@ from tls_peers import TLSPeer
 from waiting import lingering, nothing_is_kept, turns, until  # noqa: F401
 
 from pants_green import Client, CloseReason, Connection, Engine, Server, Stream, StreamServer
-from pants_green._sockets import ipv6_works
+from pants_green._sockets import ipv6_works, remote_sockaddr
 from pants_green.errors import HandshakeTimeout
 
 tls_peer = tls_peers.tls_peer
@@ -1528,6 +1528,17 @@ def test_stream_takes_an_accepted_socket_over_later_in_another_greenlet(accepted
     recorder.wait_for("on_close")
     until(lambda: lingering() == 0)
     assert recorder.names() == ["on_ssl_handshake", "on_connect", "on_read", "on_close"]
+
+
+def test_stream_on_an_accepted_socket_that_was_reset_meanwhile_is_told_of_it(accepted, recorder):
+    one, sock = accepted()
+    one.send(b"last words\n")
+    one.reset()
+    until(lambda: remote_sockaddr(sock) is None)
+    stream = recorder.of(Stream, *ALL)(socket=sock)
+    recorder.wait_for("on_close")
+    assert recorder == [("on_ssl_handshake",), ("on_connect",), ("on_read", b"last words\n"), ("on_close",)]
+    assert stream.close_reason is CloseReason.PEER_LEFT
 
 
 def test_stream_takes_over_in_on_accept_s_spawned_greenlet(open_server, tls_peer, recorder):

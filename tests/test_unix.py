@@ -33,6 +33,7 @@ from pants_green import (
     CloseReason,
     Connection,
     InvalidAddressFormatError,
+    ReconnectingClient,
     Server,
     Stream,
     StreamServer,
@@ -280,6 +281,13 @@ def test_unix_server_that_is_given_a_socket_needs_no_path_and_leaves_the_file(op
 def test_unix_server_that_is_given_no_socket_needs_a_path():
     with pytest.raises(InvalidAddressFormatError, match="takes the path of a Unix socket, not <not given>"):
         UnixServer().listen()
+
+
+def test_unix_server_that_is_given_a_socket_without_a_path_needs_one():
+    server = UnixServer(socket=gevent.socket.socket(socket.AF_UNIX))
+    with pytest.raises(InvalidAddressFormatError, match="takes the path of a Unix socket, not <not given>"):
+        server.listen()
+    server.close()
 
 
 def test_unix_server_listens_once(unix_server_of, path, tmp_path):
@@ -968,6 +976,27 @@ def test_credentials_that_nobody_has_asked_for_are_known_in_on_close(unix_server
     peer(path).close()
     recorder.wait_for(1)
     assert recorder == [((os.getpid(), os.geteuid(), os.getegid()), CloseReason.PEER_ENDED)]
+
+
+@linux_only
+def test_credentials_of_a_client_that_dials_again_are_those_of_the_connection_at_hand(unix_server_of, recorder, path):
+    class Again(UnixClient, ReconnectingClient):
+        initial_delay = 0.001
+
+        def on_connect(self):
+            recorder("connected", self.peer_credentials)
+            self.close()
+
+        def on_reconnect(self, delay):
+            recorder("between", self.peer_credentials)
+
+    unix_server_of(EchoUnix, path)
+    client = Again().connect(path)
+    recorder.wait_for(4)
+    client.stop()
+    own = (os.getpid(), os.geteuid(), os.getegid())
+    assert recorder[:4] == [("connected", own), ("between", None)] * 2
+    until(lambda: client.closed)
 
 
 def test_client_that_was_never_connected_has_no_peer(recorder, path):
