@@ -1,5 +1,6 @@
 """One budget for the output of all connections of a server: who takes the least is closed first."""
 
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,26 @@ class Budget:
         server: whose connections they are.
     """
 
-    __slots__ = ("_looking", "_server", "_slow")
+    __slots__ = ("_looking", "_server_ref", "_slow")
 
     def __init__(self, server: "Server") -> None:
-        self._server = server
+        self._server_ref = weakref.ref(server)  # which has this
         self._slow: set[Stream[...]] = set()
         self._looking: Any = None
 
     def watch(self, streams: "Iterable[Stream[...]]") -> None:
         """These have not taken everything that was written to them: look at each as long as that is so."""
         self._slow.update(streams)
-        if self._looking is None and self._slow:
-            self._looking = self._server._engine._loop.run_callback(self._look)
+        server = self._server_ref()
+        if self._looking is None and self._slow and server is not None:
+            self._looking = server._engine._loop.run_callback(self._look)
 
     def _look(self) -> None:
         """Hub: add up what waits, and close the slowest until it is no longer too much."""
         self._looking = None
-        size = self._server._write_budget
-        if size is None:
+        server = self._server_ref()
+        size = None if server is None else server._write_budget
+        if server is None or size is None:
             self._slow.clear()
             return
         waiting = {stream: _in_memory(stream) for stream in self._slow if stream._socket is not None and stream._pending}
@@ -53,11 +56,11 @@ class Budget:
                 if total <= size:
                     break
         if self._slow:
-            self._looking = self._server._engine._in_hub_after(LOOK, self._look)
+            self._looking = server._engine._in_hub_after(LOOK, self._look)
 
     def _close(self, stream: "Stream[...]", own: int, total: int, size: int) -> None:
         self._slow.discard(stream)
-        text = f"{total} bytes wait to be sent on {self._server!r}, {own} of them on {stream!r}; write_budget is {size}"
+        text = f"{total} bytes wait to be sent on {self._server_ref()!r}, {own} of them on {stream!r}; write_budget is {size}"
         error = StreamBufferOverflow(text, total, size, "write_budget")
         stream._keep_posted("on_overflow_error", error)
         stream._shut(CloseReason.OVERFLOW, error)

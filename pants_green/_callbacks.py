@@ -152,12 +152,13 @@ class StreamCallbacks(Channel, Generic[Chunk]):
         An override may finish what it is about, and say goodbye; `stopping` is true from now on.
 
         *When*: when the server stops (``Server.stop()``, or a signal with ``engine.start(graceful_timeout=...)``), or the connection
-        has reached ``max_connection_age``; once.
-        *Runs in*: the stream's own greenlet, after the callback that is running.
+        has reached ``max_connection_age``; once; not if it has begun to end by itself.
+        *Runs in*: the stream's own greenlet, after the callback that is running, and before the next chunk. A callback that waits
+        in ``read()`` is not interrupted.
         *Socket*: open.
 
         Args:
-            deadline: when it is aborted, by ``time.monotonic()``.
+            deadline: when it is aborted, by ``time.monotonic()``; infinite if never.
         """
         self._end(CloseReason.ENDED_HERE)
 

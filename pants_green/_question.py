@@ -217,6 +217,9 @@ class ByUDP(Datagram):
         self.asked = server
         self.request = request
 
+    def _end_gracefully(self, deadline: float) -> None:
+        """Go on: the question has a time limit of its own, and somebody waits for the answer."""
+
     def put(self) -> None:
         """Ask.
 
@@ -252,6 +255,9 @@ class ByTCP(Client):
         self.asked = server
         self.request = request
         self.answered = False
+
+    def _end_gracefully(self, deadline: float) -> None:
+        """Go on: the question has a time limit of its own, and somebody waits for the answer."""
 
     def put(self) -> None:
         """Ask."""

@@ -1,6 +1,7 @@
 """Reports of limits that were hit: one line each, but not one for each of thousands of peers that come at once."""
 
 import logging
+import weakref
 from typing import Any
 
 __all__ = ["Reports"]
@@ -17,10 +18,11 @@ class Reports:
         server: the channel whose log it is.
     """
 
-    __slots__ = ("_server", "_windows")
+    __slots__ = ("_engine", "_server_ref", "_windows")
 
     def __init__(self, server: Any) -> None:
-        self._server = server
+        self._server_ref = weakref.ref(server)  # which has this: a circle would keep both until the garbage collector comes by
+        self._engine = server._engine
         self._windows: dict[str, _Window] = {}
 
     def tell(
@@ -46,7 +48,8 @@ class Reports:
         if level < logging.WARNING or self._may_say(limit, value):
             if channel is None and logger is None:
                 message, args = "%s, %s: " + message, (limit, value, *args)
-            (channel or self._server)._log(level, message, *args, event=event, logger=logger)
+            teller: Any = channel or self._server_ref()
+            teller._log(level, message, *args, event=event, logger=logger)
 
     def tell_once(self, limit: str, value: Any, message: str) -> None:
         """Say that a limit holds things up, unless that was said lately: it does so again and again."""
@@ -54,7 +57,7 @@ class Reports:
             self.tell(limit, value, message)
 
     def _window_of(self, limit: str, value: Any) -> "_Window":
-        now = self._server._engine._clock()
+        now = self._engine._clock()
         window = self._windows.get(limit)
         if window is None or now - window.begun >= WITHIN:
             if window is not None:
@@ -68,18 +71,20 @@ class Reports:
             window.said += 1
             return True
         if not window.left_out:
-            left = window.begun + WITHIN - self._server._engine._clock()
-            window.timer = self._server._engine._in_hub_after(max(left, 0.0), self._sum_up, limit)
+            left = window.begun + WITHIN - self._engine._clock()
+            window.timer = self._engine._in_hub_after(max(left, 0.0), self._sum_up, limit)
         window.left_out += 1
         return False
 
     def _sum_up(self, limit: str) -> None:
         """Say how often there was nothing said about a limit."""
         window = self._windows.pop(limit)
+        server = self._server_ref()
         if window.timer is not None:
             window.timer.cancel()
+        if window.timer is not None and server is not None:
             message = "%s, %s: %d more within %g seconds, of which nothing was said"
-            self._server._log(logging.WARNING, message, limit, window.value, window.left_out, WITHIN, event="limit")
+            server._log(logging.WARNING, message, limit, window.value, window.left_out, WITHIN, event="limit")
 
     def close(self) -> None:
         """Say what is left to be said."""

@@ -13,7 +13,7 @@ from pants_green._networks import Client, Networks, client_of
 from pants_green._server_proxy import ServerProxy, networks
 from pants_green._settings import Setting, per_second, positive_count
 
-__all__ = ["ServerLimits"]
+__all__ = ["NOBODY", "ServerLimits"]
 
 NOBODY: Any = object()
 
@@ -33,7 +33,7 @@ class Limit(Setting[Any]):
 class ServerLimits(ServerProxy):
     """The part of a server that says who may come in. Not made by itself."""
 
-    __slots__ = ("_active", "_bucket", "_by_client", "_held", "_hold_timer", "_let_in", "_suspended")
+    __slots__ = ("_active", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_let_in", "_suspended")
 
     #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
     #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count.
@@ -82,6 +82,7 @@ class ServerLimits(ServerProxy):
 
     def _limits_changed(self) -> None:
         """What may come in has changed: that holds from now on."""
+        self._checks = self._max_connections_per_ip is not None or self._allow is not None or self._deny is not None
         if self._max_connections_per_ip is None:
             self._by_client = None
         elif self._by_client is None:
@@ -153,7 +154,7 @@ class ServerLimits(ServerProxy):
 
     # ---- once its client is known
 
-    def _admit(self, worker: Any, sock: Any, remote: Any) -> bool:
+    def _admit(self, sock: Any, remote: Any) -> bool:
         """Tell whether a client may come in; if not the socket is closed."""
         if self._deny is not None and remote in self._deny:
             self._reports.tell("deny", self._deny, "the connection of %s was closed", format_address(remote))
@@ -163,7 +164,6 @@ class ServerLimits(ServerProxy):
             text = "one more connection of %s was closed"
             self._reports.tell("max_connections_per_ip", self._max_connections_per_ip, text, format_address(remote))
         else:
-            self._let_in[worker] = remote
             return True
         sock.close()
         return False
@@ -177,16 +177,13 @@ class ServerLimits(ServerProxy):
         by_client[client] = count + 1
         return True
 
-    def _let_out(self, worker: Any) -> None:
-        """A connection has ended, if it was let in at all."""
-        remote = self._let_in.pop(worker, NOBODY)
-        if self._by_client is not None and remote is not NOBODY:
-            client = client_of(remote)
-            count = self._by_client[client] - 1
-            if count:
-                self._by_client[client] = count
-            else:
-                del self._by_client[client]
+    def _let_out(self, by_client: "dict[Client, int]", client: "Client") -> None:
+        """A connection of a client has ended."""
+        count = by_client[client] - 1
+        if count:
+            by_client[client] = count
+        else:
+            del by_client[client]
 
     def _after_fork(self) -> None:
         self._active = 0

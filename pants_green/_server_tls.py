@@ -218,7 +218,9 @@ class ServerTLS(Channel):
         left = isinstance(exception, TLSTruncated) or (isinstance(exception, OSError) and exception.errno in _sockets.PEER_LEFT)
         level = logging.DEBUG if left else logging.WARNING
         message = "the TLS handshake with %s failed: %s"
-        limit, value = ("handshake_timeout", self.handshake_timeout) if isinstance(exception, HandshakeTimeout) else ("TLS", "failed")
+        limit: tuple[str, Any] = "TLS handshake", "failed"
+        if isinstance(exception, HandshakeTimeout):
+            limit = "handshake_timeout", self.handshake_timeout
         args = format_address(addr), exception
-        self._reports.tell(limit, value, message, *args, level=level, event="handshake_error", logger=TLS_LOGGER)
+        self._reports.tell(*limit, message, *args, level=level, event="handshake_error", logger=TLS_LOGGER)
         sock.close()

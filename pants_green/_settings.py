@@ -106,7 +106,7 @@ class SettingsType(ABCMeta):
             found.update((name, value) for name, value in vars(base).items() if isinstance(value, Setting))
         for name, setting in found.items():
             nearest = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
-            if not isinstance(nearest, Setting):
+            if not isinstance(nearest, (Setting, property)):  # a property of another base is no value
                 found[name] = setting.redefined(cls, nearest)
                 super().__setattr__(name, found[name])
         cls._settled()

@@ -49,7 +49,8 @@ class Client(Stream[Chunk]):
     @classmethod
     def _settled(cls) -> None:
         super()._settled()
-        cls._proxy_header = cls.proxy_header
+        # A class that is a Connection, too, has the other meaning of that name: what came, and not what is sent.
+        cls._proxy_header = None if isinstance(cls.proxy_header, property) else cls.proxy_header
 
     def __init__(
         self,

