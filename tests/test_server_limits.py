@@ -14,7 +14,7 @@ import pytest
 from certificates import server_context
 from gevent.event import Event
 from needs import needs_ipv6
-from peers import in_thread
+from peers import PlainSocket, in_thread
 from tls_peers import TLSPeer, tls_peer  # noqa: F401
 from waiting import nothing_is_kept, settle, turns, unsent, until  # noqa: F401
 
@@ -501,8 +501,10 @@ def test_max_connections_per_ip_counts_each_address_by_itself(server_with, peer)
     port = server.local_address[1]
 
     def from_host(host):
-        sock = stdlib_socket.create_connection(("127.0.0.1", port), source_address=(host, 0))
+        sock = PlainSocket()
         sock.settimeout(5)
+        sock.bind((host, 0))
+        sock.connect(("127.0.0.1", port))
         return sock
 
     with contextlib.ExitStack() as stack:
@@ -872,8 +874,8 @@ def test_reports_under_attack_there_are_ten_lines_and_a_sum(server_with, peer, c
 
     def attack(count):
         for _ in range(count):
-            with contextlib.suppress(OSError), stdlib_socket.create_connection(server.local_address):
-                pass
+            with contextlib.suppress(OSError), PlainSocket() as sock:
+                sock.connect(server.local_address)
 
     in_thread(attack, 200)
     until(lambda: not server._active)
@@ -925,7 +927,8 @@ def test_hostile_handshakes_that_stall_hold_nobody_up_and_fill_no_log(server_wit
     def stall(count):
         socks = []
         for number in range(count):
-            sock = stdlib_socket.create_connection(server.local_address)
+            sock = PlainSocket()
+            sock.connect(server.local_address)
             if number % 2:
                 sock.sendall(b"\x16\x03\x01\x02")  # the beginning of a record
             socks.append(sock)

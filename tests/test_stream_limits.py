@@ -940,6 +940,7 @@ def test_callback_timeout_spoils_no_greenlet_and_reaches_nobody_else(connected, 
     assert one_greenlet.take() is not None
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_callback_timeout_after_a_fork_is_the_parents(connected, recorder):
     def on_read(stream, data):
         recorder("begun")
