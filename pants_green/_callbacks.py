@@ -185,7 +185,7 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def _limit_error(self, which: str) -> TimeoutError:
         raise NotImplementedError
 
-    def _report(self, limit: str, error: BaseException, event: str) -> None:
+    def _report(self, limit: str, error: BaseException | str, event: str) -> None:
         """Log that a limit was hit."""
         raise NotImplementedError
 

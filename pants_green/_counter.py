@@ -22,10 +22,11 @@ class Counter:
         running: the name of the callback that runs; None between them.
     """
 
-    __slots__ = ("_bucket", "running")
+    __slots__ = ("_bucket", "_told", "running")
 
     def __init__(self, stream: "Stream[...]") -> None:
         self._bucket: TokenBucket | None = None
+        self._told = False
         self.running: str | None = None
         self.settle(stream)
 
@@ -70,6 +71,9 @@ class Counter:
         delay = self._bucket.delay(stream._engine._clock())
         if not delay:
             return False
+        if not self._told:
+            self._told = True
+            stream._tell_held_up("chunk_rate", "chunks")
         timer = stream._engine._in_hub_after(delay, stream._alert)
         try:
             stream._wait()

@@ -3,12 +3,15 @@
 Streams without such limits have nothing of the kind in between.
 """
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pants_green._buckets import TokenBucket
 from pants_green._sockets import Ports
-from pants_green.engine import Engine
+
+if TYPE_CHECKING:
+    from pants_green.stream import Stream
 
 __all__ = ["Meter"]
 
@@ -17,12 +20,11 @@ class Meter:
     """Leads to the ports of a socket, and is the read watcher among those that it offers instead.
 
     As that it knows when the stream waits for input, and makes it wait until there may be some: first for the time, then for the
-    socket. It does not know the stream, which knows it.
+    socket.
 
     Args:
-        engine: the stream's.
+        stream: the stream.
         raw: the ports of its socket.
-        rate: bytes that may be received per second; None: no limit.
 
     Attributes:
         raw: as above.
@@ -30,18 +32,20 @@ class Meter:
         listening: whether something that comes would be noticed at once.
     """
 
-    __slots__ = ("_bucket", "_clock", "_engine", "_reader", "_recv", "_send", "_timer", "active", "listening", "raw")
+    __slots__ = ("_bucket", "_clock", "_engine", "_reader", "_recv", "_send", "_stream", "_timer", "_told", "active", "listening", "raw")
 
-    def __init__(self, engine: Engine, raw: Ports, rate: float | None) -> None:
-        self._engine = engine
-        self._clock = engine._clock
+    def __init__(self, stream: "Stream[...]", raw: Ports) -> None:
+        self._stream = weakref.ref(stream)  # which has this
+        self._engine = stream._engine
+        self._clock = stream._engine._clock
         self.raw = raw
         self._recv, self._send, self._reader, _ = raw
         self._bucket: TokenBucket | None = None
         self._timer: Any = None
         self.active = self._clock()
         self.listening = False
-        self.settle(rate)
+        self._told = False
+        self.settle(stream._read_rate)
 
     def ports(self) -> Ports:
         """Return what the stream, or its TLS, is to use instead; not kept here, which would be a circle."""
@@ -81,8 +85,16 @@ class Meter:
         delay = 0.0 if self._bucket is None else self._bucket.delay(self._clock())
         if delay:
             self._timer = self._engine._in_hub_after(delay, self._listen, callback, *args)
+            self._tell()
         else:
             self._listen(callback, *args)
+
+    def _tell(self) -> None:
+        """Have it said, once, that the peer is held up: not here, for a log handler may wait."""
+        stream = self._stream()
+        if not self._told and stream is not None:
+            self._told = True
+            stream._post("_tell_held_up", "read_rate", "bytes")
 
     def _listen(self, callback: Callable[..., Any], *args: Any) -> None:
         self._timer = None

@@ -468,7 +468,13 @@ class StreamState(StreamCallbacks[Chunk]):
         if self._state.connected:
             self._call("on_stopping", self._stop_by)
 
-    def _report(self, limit: str, error: BaseException, event: str) -> None:
+    def _tell_held_up(self, limit: str, what: str) -> None:
+        """Posted: log that the peer has sent as much as it may, and has to wait."""
+        rate = getattr(self, limit)
+        if rate is not None:
+            self._report(limit, f"{limit}, {rate:g} {what} per second, is reached; the peer is held up", "rate")
+
+    def _report(self, limit: str, error: BaseException | str, event: str) -> None:
         """Log that a limit was hit: with the server's other reports, of which there are not too many, if there is a server."""
         if self._server is None:
             self._log(logging.WARNING, "%s", error, event=event)

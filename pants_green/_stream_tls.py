@@ -194,10 +194,10 @@ def stand_on(stream: "Stream[...]", tls: Filter) -> None:
 def put_meter(stream: "Stream[...]") -> None:
     """Put a meter in front of the socket of a stream, below its TLS."""
     if stream._tls is not None:
-        stream._meter = Meter(stream._engine, stream._tls.raw, stream._read_rate)
+        stream._meter = Meter(stream, stream._tls.raw)
         stream._tls.stand_on(stream._meter.ports(), stream._engine._loop.run_callback)
         return
     send = stream._send.send if isinstance(stream._send, FileSender) else stream._send
-    stream._meter = Meter(stream._engine, (stream._recv, send, stream._reader, stream._writer), stream._read_rate)
+    stream._meter = Meter(stream, (stream._recv, send, stream._reader, stream._writer))
     stream._recv, send, stream._reader, stream._writer = stream._meter.ports()
     stream._send_by(send)

@@ -209,7 +209,7 @@ class Stream(StreamState[Chunk]):
     def _use(self, socket: Any, ports: _sockets.Ports) -> None:
         """Bind the world to which reading and flushing speak."""
         if self._metered:
-            self._meter = Meter(self._engine, ports, self._read_rate)
+            self._meter = Meter(self, ports)
             ports = self._meter.ports()
         self._socket = socket
         self._recv, self._send, self._reader, self._writer = ports

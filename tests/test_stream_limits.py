@@ -518,6 +518,22 @@ def test_read_rate_a_stream_that_is_held_up_is_not_idle(connected, recorder):
     assert stream.close_reason is CloseReason.TIMED_OUT
 
 
+@pytest.mark.parametrize(("name", "what"), [("read_rate", "bytes"), ("chunk_rate", "chunks")])
+def test_rate_peer_that_is_held_up_is_told_once(connected, caplog, name, what):
+    got = bytearray()
+    limits = {name: 20, "read_delimiter": 1}
+    stream, one = connected(Connection, on_read=lambda stream, data: got.extend(data), **limits)
+    one.send(b"x" * 20)
+    until(lambda: len(got) == 20)
+    assert stream.connected
+    one.send(b"y" * 4)
+    until(lambda: len(got) == 24)
+    (record,) = [record for record in caplog.records if record.levelno > logging.INFO]
+    assert record.levelno == logging.WARNING
+    assert f"{name}, 20 {what} per second, is reached" in record.getMessage()
+    assert (record.channel, record.peer) == (stream, one.address)
+
+
 def test_read_rate_closing_while_held_up_leaves_no_timer_behind(connected, recorder):
     timers = len(Engine.instance()._scheduler)
     stream, one = connected(Connection, read_rate=1, write_timeout=None)
