@@ -381,7 +381,8 @@ def in_child(function):
         with os.fdopen(reader, "rb") as answer:
             return in_thread(answer.read).decode()
     finally:
-        in_thread(os.waitpid, pid, 0)
+        with contextlib.suppress(ChildProcessError):  # the hub has done it, where it looks after children
+            in_thread(os.waitpid, pid, 0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
