@@ -28,10 +28,9 @@ class Worker(greenlet):
         claimed: the Stream that did.
         tls: the TLS filter between the two, if there is one.
         header: what a proxy has said of the connection, if it has.
-        serves: the server one of whose connections lives here.
     """
 
-    __slots__ = ("claimed", "header", "offered", "serves", "tls")
+    __slots__ = ("claimed", "header", "offered", "tls")
 
     def __init__(self, run: Callable[[Any], None], hub: Any) -> None:
         super().__init__(run, hub)
@@ -39,7 +38,6 @@ class Worker(greenlet):
         self.claimed: Any = None
         self.tls: Any = None
         self.header: Any = None
-        self.serves: Any = None
 
 
 class Pool:

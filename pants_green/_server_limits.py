@@ -33,7 +33,7 @@ class Limit(Setting[Any]):
 class ServerLimits(ServerProxy):
     """The part of a server that says who may come in. Not made by itself."""
 
-    __slots__ = ("_active", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_let_in", "_suspended")
+    __slots__ = ("_at_work", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended")
 
     #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
     #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count.
@@ -68,10 +68,9 @@ class ServerLimits(ServerProxy):
 
     def __init__(self, engine: Any, proxy_protocol: str | None, trusted: Iterable[Any] | None) -> None:
         super().__init__(engine, proxy_protocol, trusted)
-        #: How many connections there are: greenlets that are at work for one. Of those that were let in, the greenlet and the peer's
-        #: address; and how many each client has of these, while that is limited.
-        self._active = 0
-        self._let_in: dict[Any, Any] = {}
+        #: The greenlets that are at work for a connection, each with the peer's address, NOBODY until that has been let in; and how
+        #: many connections each client has, while that is limited.
+        self._at_work: dict[Any, Any] = {}
         self._by_client: dict[Client, int] | None = None
         #: Whether accepting pauses until one of them ends, or until the timer's time has come; whether suspend() holds.
         self._held = False
@@ -87,13 +86,19 @@ class ServerLimits(ServerProxy):
             self._by_client = None
         elif self._by_client is None:
             self._by_client = {}
-            for remote in self._let_in.values():
-                client = client_of(remote)
-                self._by_client[client] = self._by_client.get(client, 0) + 1
+            for remote in self._at_work.values():
+                if remote is not NOBODY:
+                    client = client_of(remote)
+                    self._by_client[client] = self._by_client.get(client, 0) + 1
         if self._held or self._hold_timer is not None:
             self._engine._enter()
             self._hold_no_more()
             self._resume_accepting()
+
+    @property
+    def _active(self) -> int:
+        """How many connections there are."""
+        return len(self._at_work)
 
     # ---- before a connection is accepted
 
@@ -186,8 +191,7 @@ class ServerLimits(ServerProxy):
             del by_client[client]
 
     def _after_fork(self) -> None:
-        self._active = 0
-        self._let_in.clear()
+        self._at_work.clear()
         if self._by_client is not None:
             self._by_client = {}
         self._reports.forget()

@@ -13,7 +13,6 @@ from greenlet import getcurrent
 
 from pants_green import _sockets
 from pants_green._lifecycle import CLOSED, LISTENING, NEW, STOP, STOPPING, CloseReason
-from pants_green._pool import Worker
 from pants_green._server_limits import ServerLimits
 from pants_green._settings import seconds
 from pants_green.engine import Engine
@@ -156,7 +155,7 @@ class ServerStopping(ServerLimits):
         current = getcurrent()
         if current is self._engine._hub or current is self._greenlet:
             return True
-        return type(current) is Worker and current.serves is self
+        return current in self._at_work
 
     def _take_the_rest(self) -> None:
         """Hub: take what is left in the accept queue, close it, and ask every connection to end."""

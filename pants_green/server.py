@@ -259,8 +259,9 @@ class StreamServer(ServerStopping):
             raise
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
+        throttled = self._max_connections is not None or self._accept_rate is not None
         for number in range(self._accept_at_once):
-            if (self._max_connections is not None or self._accept_rate is not None) and not self._may_accept():
+            if throttled and not self._may_accept():
                 if not number:  # else it wakes up once more if there is another
                     self._hold()
                 return
@@ -310,22 +311,19 @@ class StreamServer(ServerStopping):
     def _welcome(self, accepted: tuple[Any, ...] | None) -> None:
         """The greenlet of an accepted connection: what comes before on_accept, that, and the life of the stream that came of it."""
         worker: Any = getcurrent()
-        worker.serves = self
         forks = self._engine._forks
-        self._active += 1
+        self._at_work[worker] = NOBODY
         try:
             if self._proxy_protocol is not None and accepted is not None:
                 accepted = self._read_header(worker, accepted)
-            if accepted is None:
+            if accepted is None or (self._checks and not self._admit(accepted[0], accepted[1])):
                 return
-            if self._checks and not self._admit(accepted[0], accepted[1]):
-                return
-            self._let_in[worker] = accepted[1]
+            self._at_work[worker] = accepted[1]
             if self._tls_options is not None:
                 accepted = self._greet(worker, accepted)
                 if accepted is None:
                     return
-            stream = self._accepted(worker, accepted)
+            stream = self._accepted(worker, accepted, forks)
             del worker, accepted
             if stream is not None:
                 if self._ended:
@@ -334,35 +332,32 @@ class StreamServer(ServerStopping):
                     self._engine._loop.run_callback(stream._ask_to_stop, self._stopping.deadline)
                 stream._live(None)
         finally:
-            worker = getcurrent()
-            worker.serves = worker.header = None
-            if forks == self._engine._forks:
-                self._active -= 1
-                remote = self._let_in.pop(worker, NOBODY)
-                if self._by_client is not None and remote is not NOBODY:
-                    self._let_out(self._by_client, client_of(remote))
-                if self._held or self._state is STOPPING:
-                    self._one_less()
+            self._at_rest(forks)
 
     def _accompany(self, argument: tuple[Any, Address | None]) -> None:
         """The greenlet of a stream that was made for this server by hand; it counts as the others do."""
         stream, address = argument
-        worker: Any = getcurrent()
-        worker.serves = self
         forks = self._engine._forks
-        self._active += 1
+        self._at_work[getcurrent()] = NOBODY
         try:
             stream._live(address)
         finally:
-            worker.serves = None
-            if forks == self._engine._forks:
-                self._active -= 1
-                if self._held or self._state is STOPPING:
-                    self._one_less()
+            self._at_rest(forks)
 
-    def _accepted(self, worker: Any, accepted: tuple[Any, ...]) -> Any:
+    def _at_rest(self, forks: int) -> None:
+        """The greenlet of a connection has done its work; if the process has forked since this is the child, and none of its business."""
+        worker: Any = getcurrent()
+        worker.header = None
+        if forks != self._engine._forks:
+            return
+        remote = self._at_work.pop(worker)
+        if self._by_client is not None and remote is not NOBODY:
+            self._let_out(self._by_client, client_of(remote))
+        if self._held or self._state is STOPPING:
+            self._one_less()
+
+    def _accepted(self, worker: Any, accepted: tuple[Any, ...], forks: int) -> Any:
         """Call on_accept; return the stream that has taken the socket over, if one has."""
-        forks = self._engine._forks
         worker.offered = accepted
         sock, remote, _, _ = accepted
         try:
@@ -375,7 +370,7 @@ class StreamServer(ServerStopping):
             self._turned_away(sock, error, worker.claimed)
             worker.claimed = None
         finally:
-            worker.offered = worker.tls = worker.header = None
+            worker.offered = worker.tls = None
         stream, worker.claimed = worker.claimed, None
         if forks != self._engine._forks:
             self._leave_to_parent(sock, stream)
@@ -498,7 +493,7 @@ class StreamServer(ServerStopping):
             self._refuse_move(event)
 
     def _streams(self) -> list[Any]:
-        return [root for root in self._engine._roots if isinstance(root, Stream) and getattr(root._greenlet, "serves", None) is self]
+        return [root for root in self._engine._roots if isinstance(root, Stream) and root._greenlet in self._at_work]
 
     def _forget_if_done(self) -> None:
         """Let the engine forget a closed server; but it knows the connections that are left through it."""

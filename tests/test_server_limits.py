@@ -476,7 +476,7 @@ def test_max_connections_per_ip_goes_down_however_a_connection_ends(server_with,
         until(lambda: not server._active)
         one.close()
     assert server._by_client == {}
-    assert server._let_in == {}
+    assert server._at_work == {}
     assert not any("max_connections_per_ip" in message for message in messages_of(caplog))
 
 
