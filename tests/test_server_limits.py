@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import random
 import socket as stdlib_socket
 import time
@@ -12,6 +11,7 @@ import gevent
 import gevent.socket
 import pytest
 from certificates import server_context
+from forks import in_child
 from gevent.event import Event
 from needs import needs_ipv6
 from peers import PlainSocket, in_thread
@@ -360,29 +360,6 @@ def test_max_connections_server_closed_while_others_wait(server_with, peer, reco
     until(lambda: not server._active)
     until(lambda: not Engine.instance()._lingering)
     assert len(Engine.instance()._scheduler) == timers
-
-
-def in_child(function):
-    """Run a function in a forked child; return what it returns, a str."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        said = "nothing"
-        try:
-            with gevent.Timeout(5):
-                said = function()
-        except BaseException as error:
-            said = repr(error)
-        finally:
-            os.write(writer, said.encode())
-            os._exit(0)
-    os.close(writer)
-    try:
-        with os.fdopen(reader, "rb") as answer:
-            return in_thread(answer.read).decode()
-    finally:
-        with contextlib.suppress(ChildProcessError):  # the hub has done it, where it looks after children
-            in_thread(os.waitpid, pid, 0)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

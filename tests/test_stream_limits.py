@@ -1,8 +1,6 @@
 """Limits of a stream: of silence (idle_timeout), speed (read_rate, chunk_rate), callbacks (callback_timeout) and lingering."""
 
-import contextlib
 import gc
-import io
 import logging
 import os
 import socket as stdlib_socket
@@ -13,6 +11,7 @@ from itertools import pairwise
 import gevent
 import pytest
 from certificates import client_context, server_context
+from forks import in_child
 from gevent import monkey
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
@@ -966,20 +965,13 @@ def test_callback_timeout_after_a_fork_is_the_parents(connected, recorder):
     _, one = connected(Connection, callback_timeout=SHORT, on_read=on_read)
     one.send(b"x")
     recorder.wait_for("begun")
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            gevent.sleep(SHORT * 2)
-            os.write(writer, repr(list(recorder)).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
+
+    def child():
+        gevent.sleep(SHORT * 2)
+        return repr(list(recorder))
+
+    assert in_child(child) == "['begun']"
     recorder.wait_for("on_close")
-    with io.open(reader, "rb") as said:  # noqa: UP020
-        assert gevent.get_hub().threadpool.apply(said.read) == b"['begun']"
-    with contextlib.suppress(ChildProcessError):  # the hub has done it, where it looks after children
-        os.waitpid(pid, 0)
 
 
 def test_callback_timeout_own_write_that_ends_with_the_stream_is_no_mistake(connected, recorder, caplog):
