@@ -33,7 +33,7 @@ class Limit(Setting[Any]):
 class ServerLimits(ServerProxy):
     """The part of a server that says who may come in. Not made by itself."""
 
-    __slots__ = ("_at_work", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended")
+    __slots__ = ("_at_work", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended", "_throttled")
 
     #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
     #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count.
@@ -81,7 +81,10 @@ class ServerLimits(ServerProxy):
 
     def _limits_changed(self) -> None:
         """What may come in has changed: that holds from now on."""
+        self._throttled = self._max_connections is not None or self._accept_rate is not None
         self._checks = self._max_connections_per_ip is not None or self._allow is not None or self._deny is not None
+        if self._accept_rate is None:
+            self._bucket = None
         if self._max_connections_per_ip is None:
             self._by_client = None
         elif self._by_client is None:
@@ -108,7 +111,6 @@ class ServerLimits(ServerProxy):
         if most is not None and self._active >= most:
             return False
         if rate is None:
-            self._bucket = None
             return True
         now = self._engine._clock()
         if self._bucket is None or self._bucket.rate != rate:

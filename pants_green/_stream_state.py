@@ -101,7 +101,9 @@ class StreamState(StreamCallbacks[Chunk]):
         _recv, _send, _reader, _writer: the world; see `_sockets.Ports`. None while there is no socket.
         _key: the descriptor, under which the server's `channels` has it; None when it is not there.
         _remote, _remote_override: the peer's address, and the one that was assigned.
-        _limits: its time limits, if one runs or has run. _server: that which accepted it.
+        _limits: its time limits, if one runs or has run. _limited: whether there is, or was, a limit for which somebody looks at what
+            comes and goes, or at every callback.
+        _server: that which accepted it.
         _secure: whether it speaks TLS, or is to.
     """
 
@@ -113,6 +115,7 @@ class StreamState(StreamCallbacks[Chunk]):
         "_high_water",
         "_inbox",
         "_key",
+        "_limited",
         "_limits",
         "_low_water",
         "_mark",
@@ -276,7 +279,9 @@ class StreamState(StreamCallbacks[Chunk]):
         write_heard = cls.on_write is not StreamCallbacks.on_write or cls.handle_write is not StreamCallbacks.handle_write
         end_heard = cls.on_end is not StreamCallbacks.on_end
         sizes = (cls.buffer_size, cls.high_water, cls.low_water, cls.write_limit, min(cls.high_water, cls.write_limit))
-        cls._initial = (delimiter, framer, *sizes, cls.read_timeout, write_heard, end_heard, one_by_one, plain, own)
+        metered = cls.idle_timeout is not None or cls.read_rate is not None
+        limited = counted or metered
+        cls._initial = (delimiter, framer, *sizes, cls.read_timeout, write_heard, end_heard, limited, one_by_one, plain, own)
         # What few streams set has no slot: it is looked up on the class.
         cls._regex_search = cls.regex_search
         cls._encoding = cls.encoding
@@ -289,7 +294,7 @@ class StreamState(StreamCallbacks[Chunk]):
         cls._chunk_rate = cls.chunk_rate
         cls._callback_timeout = cls.callback_timeout
         cls._linger_timeout = cls.linger_timeout
-        cls._metered = cls.idle_timeout is not None or cls.read_rate is not None
+        cls._metered = metered
         cls._counted = counted
 
     def __init__(self, server: "Server | None", engine: Any) -> None:
@@ -308,6 +313,7 @@ class StreamState(StreamCallbacks[Chunk]):
             self._read_timeout,
             self._write_heard,
             self._end_heard,
+            self._limited,
             one_by_one,
             plain,
             own,
@@ -502,7 +508,7 @@ class StreamState(StreamCallbacks[Chunk]):
     def _chosen(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what has been set on a stream that was not connected yet, for `_begin_anew`: in slots, and without."""
         slots = {setting.slot for setting in type(self)._settings.values() if setting.slot in OF_ONE_CONNECTION}
-        names = (*slots, "_framer", "_mark", "_paused", "_secure")
+        names = (*slots, "_framer", "_limited", "_mark", "_paused", "_secure")
         cold = self.__dict__.keys() & COLD - {"_meter", "_counter"}
         return {name: getattr(self, name) for name in names}, {name: self.__dict__[name] for name in cold}
 

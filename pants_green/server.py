@@ -259,9 +259,8 @@ class StreamServer(ServerStopping):
             raise
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
-        throttled = self._max_connections is not None or self._accept_rate is not None
         for number in range(self._accept_at_once):
-            if throttled and not self._may_accept():
+            if self._throttled and not self._may_accept():
                 if not number:  # else it wakes up once more if there is another
                     self._hold()
                 return

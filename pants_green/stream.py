@@ -6,7 +6,7 @@ This file reads in that order: Opening, Reading, Writing, Closing. What a stream
 user may override in ``_callbacks``, what may follow what in ``_lifecycle``. On the byte's way: ``_dialling`` makes the
 connection, ``_client_proxy`` says whose it is; ``_inbox`` holds what waits to be cut, by ``_delimiters`` and ``framing``;
 ``_straight`` is ``read()``; ``_outbox`` holds what waits to be sent, ``_files`` sends files, ``_room`` has those who wait; ``_tls``
-is the filter in between, and ``_stream_tls`` puts it there; ``_limits`` counts the time; ``_linger`` sees the peer off.
+is the filter in between, and ``_stream_tls`` puts it there; ``_stream_limits`` sees to its limits; ``_linger`` sees the peer off.
 Accepting is in ``server``.
 """
 
@@ -25,7 +25,7 @@ from pants_green._adopting import adopt, is_listening
 from pants_green._callbacks import Chunk, StreamCallbacks
 from pants_green._client_proxy import send_header
 from pants_green._counter import Counter
-from pants_green._dialling import dial, give_up, parse_source
+from pants_green._dialling import dial, parse_source
 from pants_green._files import BURST, FileSender, item_of
 from pants_green._inbox import NOTHING
 from pants_green._lifecycle import (
@@ -52,20 +52,13 @@ from pants_green._meter import Meter
 from pants_green._pool import Worker
 from pants_green._room import made, own_wait, stalled, wait_for_room, wake_waiters, wrote_much
 from pants_green._straight import read
+from pants_green._stream_limits import changed, count, error_of, hit, measure, tell
 from pants_green._stream_state import INTERRUPTED, KIB, RECEIVE_LEAST, REFUSED, TURN, StreamState
-from pants_green._stream_tls import begin, overdue, put_meter, shake_hands, stand_on
+from pants_green._stream_tls import begin, shake_hands, stand_on
 from pants_green._tls import TLSError
 from pants_green._tls_socket import TLSSocket
 from pants_green.channel import STARTING
-from pants_green.errors import (
-    CallbackTimeout,
-    ChannelClosed,
-    ChannelStateError,
-    IdleTimeout,
-    ReadTimeout,
-    StreamBufferOverflow,
-    WriteTimeout,
-)
+from pants_green.errors import ChannelClosed, ChannelStateError, IdleTimeout, StreamBufferOverflow
 from pants_green.framing import Framer
 
 if TYPE_CHECKING:
@@ -76,12 +69,6 @@ __all__ = ["Stream", "StreamServer"]
 #: Bytes of the largest receive. Receives grow fourfold after each one that was filled, and fall back to the smallest
 #: after one of less than a KiB. Measured against a fixed 64 KiB: bulk 1.37, the rest within 2 %.
 RECEIVE_MOST = 256 * KIB
-
-#: Seconds that a connection has to come to its end once it has reached the server's `max_connection_age`.
-GRACE = 30.0
-
-#: Seconds, or less, that a timer may come early.
-NO_TIME = 0.001
 
 #: A receive of so many bytes flushes its own stream at once: bulk gains nothing by waiting and leaves the cache.
 FLUSH_OWN = 16 * KIB
@@ -208,39 +195,17 @@ class Stream(StreamState[Chunk]):
 
     def _use(self, socket: Any, ports: _sockets.Ports) -> None:
         """Bind the world to which reading and flushing speak."""
-        if self._metered:
+        if self._limited and self._metered:
             self._meter = Meter(self, ports)
             ports = self._meter.ports()
         self._socket = socket
         self._recv, self._send, self._reader, self._writer = ports
 
     def _measure(self) -> None:
-        """See whether somebody has to look at what comes and goes, and have that done from now on."""
-        self._metered = self._idle_timeout is not None or self._read_rate is not None
-        if self._meter is not None:
-            self._meter.settle(self._read_rate)
-        elif self._metered and self._recv is not None:
-            put_meter(self)
-        if self._state.connected:
-            self._limit_changed("idle")
-            if self._waiting:
-                self._alert()  # to wait anew
+        measure(self)
 
     def _count(self) -> None:
-        """See whether somebody has to look at every callback, and have that done from now on."""
-        self._counted = self._chunk_rate is not None or self._callback_timeout is not None
-        if self._counter is not None:
-            self._counter.settle(self)
-        if not self._counted:
-            self._counter = None
-        else:
-            self._counter = self._counter or Counter(self)
-            if self._framer is None:
-                self._cut_by(None, None, self._regex_search)
-            self._inbox.put_back(self._framer)
-        self._attention = INTERRUPTED
-        if self._waiting:
-            self._alert()  # to wait anew
+        count(self)
 
     def _call(self, name: str, *args: Any) -> None:
         counter = self._counter
@@ -345,7 +310,7 @@ class Stream(StreamState[Chunk]):
     def _live(self, address: Address | None) -> None:
         """The life of a stream, in its own greenlet: open, read, drain, close."""
         self._greenlet = getcurrent()
-        if self._counted and self._counter is None:
+        if self._limited and self._counted and self._counter is None:
             self._counter = Counter(self)
         try:
             failure = None
@@ -353,7 +318,7 @@ class Stream(StreamState[Chunk]):
                 failure = dial(self, address)
                 if self._engine._pollers:
                     self._engine._acted()
-            if self._preface is not None and self._socket is not None:
+            if self._server is None and self._preface is not None and self._socket is not None:
                 failure = send_header(self)
             if failure is not None:
                 self._shut(CloseReason.CONNECT_FAILED, failure)
@@ -363,15 +328,14 @@ class Stream(StreamState[Chunk]):
             elif self._socket is not None:
                 self._move(ESTABLISH)
             if self._state is OPEN or self._state is READ_ONLY:  # on_ssl_handshake may have ended the output
-                if self._metered:
-                    self._limit_changed("idle")
-                if self._counter is None:
+                if self._limited:
+                    changed(self, "idle")
+                    self._call("on_connect")
+                else:
                     try:
                         self.on_connect()
                     except BaseException as error:
                         self._failed("on_connect", error)
-                else:
-                    self._call("on_connect")
                 self._read_loop()
             if self._state is not CLOSED:
                 self._serve_output()
@@ -415,7 +379,7 @@ class Stream(StreamState[Chunk]):
         size = self._receive_size
         turn_began = 0.0
         self._own_output = 0  # what on_connect has written does not stop reading
-        if self._stop_by is not None:
+        if self._attention is not None and self._stop_by is not None:
             self._read_before_stopping()
         while True:
             if self._attention is not None:
@@ -725,7 +689,7 @@ class Stream(StreamState[Chunk]):
         self._enter_bound()
         if self._paused:
             self._paused = False
-            self._limit_changed("read")
+            changed(self, "read")
             if self._waiting:
                 self._alert()
 
@@ -1011,110 +975,16 @@ class Stream(StreamState[Chunk]):
         self._limits.begin(which, seconds)
 
     def _limit_hit(self, which: str) -> None:
-        """Hub: the time of a limit is up."""
-        if which == "connect":
-            give_up(self)
-        elif which == "idle":
-            self._see_idle()
-        elif which == "callback":
-            self._interrupt_callback()
-        elif which == "age":
-            if self._stop_by is None and self._state.connected:
-                self._ask_to_stop(self._engine._clock() + GRACE)
-                self._limit("grace", GRACE)
-        elif which == "grace":
-            self._cut_off_for_age()
-        elif which == "write" and self._shaking and not (self._tls and self._tls.clear):
-            pass  # nothing was offered to the peer: it waits for the handshake
-        elif which == "write":
-            if self._sending and not self._outbox.items:
-                self._room_for_goodbye()
-                if not self._sending:
-                    return
-            owed = self._pending
-            self._flush_all()  # the kernel tells of room only when a third of its buffer is free
-            if self._pending < owed:
-                self._limit_changed(which)
-            elif self._state is not CLOSED and self._write_timeout is not None:
-                self._keep_posted("on_timeout", which)
-                self._shut(CloseReason.TIMED_OUT, self._limit_error(which))
-        elif which == "handshake":
-            overdue(self)
-        elif self._inbox.data and self._read_timeout is not None and not self._in_read:
-            self._limit(which, self._read_timeout)
-            if self._waiting and self._own_mark < 0 and not self._paused:
-                self._post("_read_overdue")
-
-    def _cut_off_for_age(self) -> None:
-        """Hub: it was asked to end for its age, and has not."""
-        if self._server is not None:
-            text = "aborted %g seconds after it had reached the server's max_connection_age, for it had not come to its end"
-            self._server._reports.tell("max_connection_age", self._server.max_connection_age, text, GRACE, channel=self)
-        self._cut_off()
-
-    def _see_idle(self) -> None:
-        """Hub: tell that nothing came or went, unless something did since, or the delay is ours."""
-        meter, limit = self._meter, self._idle_timeout
-        if meter is None or limit is None or not self._state.connected:
-            return
-        left = meter.active + limit - self._engine._clock()
-        listening = meter.listening or (self._state is WRITE_ONLY and self._waiting)
-        if self._pending or self._in_read or self._shaking or not listening:
-            self._limit("idle", limit)  # at the earliest; what is at work now touches the meter in the end
-        elif left > NO_TIME:
-            self._limit("idle", left)
-        else:
-            self._post("_idle")
-
-    def _idle(self) -> None:
-        """Posted: tell of that, unless something has come or gone meanwhile."""
-        meter, limit = self._meter, self._idle_timeout
-        if meter is None or limit is None or not self._state.connected:
-            return
-        if meter.active + limit - self._engine._clock() <= NO_TIME:
-            self._call("on_timeout", "idle")
-        self._limit_changed("idle")
-
-    def _interrupt_callback(self) -> None:
-        """Hub: a callback takes too long. While it waits in something of ours it is not the one to blame."""
-        counter, limit, greenlet = self._counter, self._callback_timeout, self._greenlet
-        if counter is None or counter.running is None or limit is None or self._waiting or type(greenlet) is not Worker:
-            return
-        text = f"{counter.running} of {self!r} has not returned within callback_timeout, {limit:g} seconds"
-        self._limit("callback", limit)  # for one that catches it
-        greenlet.throw(CallbackTimeout(text))
-
-    def _read_overdue(self) -> None:
-        """Posted: tell of the chunk that has not come whole, unless it has come meanwhile."""
-        if self._inbox.data:
-            self._call("on_timeout", "read")
+        hit(self, which)
 
     def _limit_changed(self, which: str) -> None:
-        """A limit has to run anew, or from now on, or no more."""
-        if which == "connect":
-            seconds, running = self._connect_timeout, self._state is CONNECTING
-        elif which == "idle":
-            seconds, running = self._idle_timeout, self._state.connected
-        elif which == "write":
-            seconds, running = self._write_timeout, self._sending
-        else:
-            seconds = self._read_timeout
-            running = bool(self._inbox.data) and not self._in_read and (self._waiting or self._paused)
-        if seconds is not None and running:
-            self._limit(which, seconds)
-        elif self._limits is not None:
-            self._limits.end(which)
+        changed(self, which)
 
     def _limit_error(self, which: str) -> TimeoutError:
-        if which == "read":
-            text = f"a chunk has not come whole within read_timeout, {self._read_timeout:g} seconds; {len(self._inbox)} bytes have"
-            return ReadTimeout(text)
-        if which == "idle":
-            return IdleTimeout(f"nothing came or went for idle_timeout, {self._idle_timeout:g} seconds")
-        text = f"the peer has taken nothing for write_timeout, {self._write_timeout:g} seconds; {self._pending} bytes wait"
-        if self._own_mark >= 0 and self._state is not DRAINING:
-            text += "; neither side is reading, for this one waits for room"
-        return WriteTimeout(text)
+        return error_of(self, which)
+
+    def _overdue(self, which: str) -> None:
+        tell(self, which)
 
     def _writable(self) -> None:
         """Hub: the kernel has room again."""
@@ -1312,7 +1182,7 @@ class Stream(StreamState[Chunk]):
             self._unsent, self._pending = self._pending, 0
             self._log(logging.DEBUG, "%d bytes were not sent (%s)", self._unsent, reason, event="dropped")
         if self._limits is not None:
-            if self._counter is not None and self._counter.running is not None and reason is not FORKED:
+            if self._limited and self._counter is not None and self._counter.running is not None and reason is not FORKED:
                 self._limits.end_all_but("callback")  # which is interrupted all the same
             else:
                 self._limits.cancel()
@@ -1321,7 +1191,7 @@ class Stream(StreamState[Chunk]):
             self._drop_socket(reset)
         elif self._race is not None:
             self._race.close()
-        if self._waiters:
+        if self._room_at >= 0 and self._waiters:
             wake_waiters(self)
         self._engine._roots.discard(self)
         self._interrupt()
@@ -1337,7 +1207,7 @@ class Stream(StreamState[Chunk]):
 
     def _drop_socket(self, reset: bool = False) -> None:
         socket, reader, writer = self._socket, self._reader, self._writer
-        if self._secure or self._meter is not None:
+        if self._secure or self._limited:
             _, _, reader, writer = self._raw_ports()
         self._let_go()
         _sockets.close(socket, reader, writer, reset=reset)
@@ -1349,7 +1219,7 @@ class Stream(StreamState[Chunk]):
         self._sending = False
         if self._secure and self._tls is not None:
             self._tls.owner = None
-        if self._meter is not None:
+        if self._limited and self._meter is not None:
             self._meter.stop()
             self._meter = None
         self._socket = self._recv = self._send = self._reader = self._writer = None

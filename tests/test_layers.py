@@ -44,6 +44,7 @@ FLOORS = [
         "_counter": "",
         "_budget": "",
     },
+    {"_stream_limits": ""},
     {"datagram": "contextvars greenlet logging socket", "stream": "contextvars greenlet logging socket"},
     {"server": "contextvars greenlet logging random socket", "client": "contextvars greenlet logging random"},
     {"network": "", "unix": "grp os pwd"},

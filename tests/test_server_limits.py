@@ -18,7 +18,7 @@ from peers import PlainSocket, in_thread
 from tls_peers import TLSPeer, tls_peer  # noqa: F401
 from waiting import nothing_is_kept, settle, turns, unsent, until  # noqa: F401
 
-from pants_green import CloseReason, Connection, Engine, Server, Stream, StreamBufferOverflow, StreamServer, _sockets, stream
+from pants_green import CloseReason, Connection, Engine, Server, Stream, StreamBufferOverflow, StreamServer, _sockets, _stream_limits
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -761,7 +761,7 @@ def test_max_connection_age_asks_each_connection_to_end_give_or_take_a_tenth(ser
     assert 0.17 < first - began < 0.21
     assert 0.21 < second - began < 0.5
     assert stopping
-    assert deadline == pytest.approx(first + stream.GRACE, abs=0.05)
+    assert deadline == pytest.approx(first + _stream_limits.GRACE, abs=0.05)
 
 
 def test_max_connection_age_what_is_owed_is_sent(server_with, peer):
@@ -772,7 +772,7 @@ def test_max_connection_age_what_is_owed_is_sent(server_with, peer):
 
 
 def test_max_connection_age_override_that_lingers_is_aborted_at_the_deadline(server_with, peer, recorder, caplog, monkeypatch):
-    monkeypatch.setattr(stream, "GRACE", 0.1)
+    monkeypatch.setattr(_stream_limits, "GRACE", 0.1)
     kind = recorder.of(Echo, "on_stopping", "on_close", on_stopping=lambda stream, deadline: stream.write(b"in a minute"))
     server = server_with(kind, max_connection_age=0.05)
     one = peer(server)
@@ -800,7 +800,7 @@ def test_max_connection_age_callback_that_is_busy_finishes(server_with, peer, re
 
 
 def test_max_connection_age_of_a_stream_that_ends_anyway_changes_nothing(server_with, peer, recorder, monkeypatch):
-    monkeypatch.setattr(stream, "GRACE", 0.01)
+    monkeypatch.setattr(_stream_limits, "GRACE", 0.01)
 
     def on_connect(stream):
         Slow.on_connect(stream)
@@ -815,7 +815,7 @@ def test_max_connection_age_of_a_stream_that_ends_anyway_changes_nothing(server_
 
 
 def test_max_connection_age_reached_while_the_server_stops_does_not_shorten_the_deadline(server_with, peer, recorder, monkeypatch):
-    monkeypatch.setattr(stream, "GRACE", 0.01)
+    monkeypatch.setattr(_stream_limits, "GRACE", 0.01)
     kind = recorder.of(Echo, "on_stopping", "on_close", on_stopping=lambda stream, deadline: None)
     server = server_with(kind, max_connection_age=0.1)
     one = peer(server)
