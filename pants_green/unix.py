@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from pants_green import _sockets
-from pants_green._address import NOT_GIVEN, Address, parse_address, parse_listen
+from pants_green._address import AF_UNIX, NOT_GIVEN, Address, parse_address, parse_listen
 from pants_green._adopting import is_bound
 from pants_green._callbacks import Chunk
 from pants_green._socket_file import Permissions, is_abstract
@@ -57,6 +57,10 @@ class UnixStream(Stream[Chunk]):
         if self._credentials is None and self._socket is not None:
             self._credentials = _sockets.peer_credentials(self._socket)
         return None if self._credentials is None else Credentials(*self._credentials)
+
+    def _adopt(self, socket: Any) -> None:
+        _check_family(type(self).__name__, socket, "Stream")
+        super()._adopt(socket)
 
     def _let_go(self) -> None:
         if self._credentials is None:
@@ -116,6 +120,10 @@ class UnixServer(Server):
 
     ConnectionClass: Any = UnixConnection
 
+    def _adopt(self, socket: Any) -> None:
+        _check_family(type(self).__name__, socket, "Server")
+        super()._adopt(socket)
+
     def listen(  # type: ignore[override]
         self,
         path: Any = NOT_GIVEN,
@@ -163,6 +171,12 @@ class UnixServer(Server):
         if is_abstract(address.sockaddr):
             raise ValueError(f"{what} takes mode, owner and group with a path; the abstract name {path!r} has no file to give them to")
         return self._listen(call, permissions=permissions)
+
+
+def _check_family(owner: str, socket: Any, other: str) -> None:
+    """Refuse a socket that is no Unix socket; `other` is the class that takes it. What is no socket at all is refused later."""
+    if getattr(socket, "family", AF_UNIX) != AF_UNIX:
+        raise TypeError(f"{owner}(socket=) takes a Unix socket, not {socket!r}; {other} takes those of IPv4 and IPv6")
 
 
 def _check_path(what: str, path: Any, other: str) -> Address:

@@ -27,6 +27,9 @@ from pants_green import (
     Server,
     Stream,
     StreamServer,
+    UnixClient,
+    UnixConnection,
+    UnixServer,
 )
 from pants_green._sockets import remote_sockaddr
 
@@ -476,6 +479,15 @@ def test_closed_socket_is_a_type_error(owner, make):
 def test_datagram_socket_is_a_type_error_and_stays_its_owners(owner, make):
     sock = make(AF_INET, SOCK_DGRAM)
     with pytest.raises(TypeError, match="takes a stream socket"):
+        owner(socket=sock)
+    assert sock.fileno() >= 0
+    sock.close()
+
+
+@pytest.mark.parametrize("owner", [UnixServer, UnixConnection, UnixClient])
+def test_tcp_socket_for_a_unix_channel_is_a_type_error_and_stays_its_owners(owner):
+    sock = gevent.socket.socket()
+    with pytest.raises(TypeError, match=rf"{owner.__name__}\(socket=\) takes a Unix socket"):
         owner(socket=sock)
     assert sock.fileno() >= 0
     sock.close()

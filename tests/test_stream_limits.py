@@ -869,12 +869,12 @@ def test_callback_timeout_callback_on_a_closed_stream_is_interrupted_all_the_sam
             stream.write(bytes(FULL))
         gevent.sleep(10)
 
-    stream, one = connected(Connection, callback_timeout=SHORT * 3, on_read=on_read)
+    stream, one = connected(Connection, callback_timeout=10, on_read=on_read)
     one.send(b"x")
+    until(lambda: stream.closed or unsent(stream))
+    stream.callback_timeout = SHORT
     if how == "reset":
-        until(lambda: unsent(stream))
         one.reset()
-    until(lambda: stream.closed)
     recorder.wait_for("on_close", timeout=2.0)
     assert recorder.names() == ["on_error", "on_close"]
     assert stream._limits is None
