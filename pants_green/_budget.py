@@ -1,4 +1,4 @@
-"""One budget for the output of all connections of a server: who takes the least is closed first."""
+"""One budget for the output of all connections of a server: who has left most of it waiting is closed first."""
 
 import weakref
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ class Budget:
             self._looking = server._engine._loop.run_callback(self._look)
 
     def _look(self) -> None:
-        """Hub: add up what waits, and close the slowest until it is no longer too much."""
+        """Hub: add up what waits, and close the one with most of it until it is no longer too much."""
         self._looking = None
         server = self._server_ref()
         size = None if server is None else server._write_budget

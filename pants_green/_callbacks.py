@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from pants_green._lifecycle import CloseReason
 from pants_green._tls import TLSTruncated
 from pants_green.channel import TLS_LOGGER, Channel
-from pants_green.errors import StreamBufferOverflow, StreamConnectError
+from pants_green.errors import CallbackTimeout, StreamBufferOverflow, StreamConnectError
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec  # which type checkers know without its being installed
@@ -185,7 +185,22 @@ class StreamCallbacks(Channel, Generic[Chunk]):
     def _limit_error(self, which: str) -> TimeoutError:
         raise NotImplementedError
 
-    def _report(self, limit: str, error: BaseException | str, event: str) -> None:
+    def on_error(self, exception: BaseException) -> None:
+        """A callback raised; by default it is logged and the stream closed. One that took too long is a limit that was hit.
+
+        *When*: right after the callback that raised.
+        *Runs in*: the same greenlet.
+        *Socket*: as the callback left it.
+
+        An override may keep the stream open, but not after a ``gevent.Timeout`` or ``GreenletExit``: these always close it.
+        """
+        if isinstance(exception, CallbackTimeout):
+            self._report("callback_timeout", exception, "timeout", exc_info=exception)
+            self._shut(CloseReason.CALLBACK_ERROR, exception)
+        else:
+            super().on_error(exception)
+
+    def _report(self, limit: str, error: BaseException | str, event: str, exc_info: BaseException | None = None) -> None:
         """Log that a limit was hit."""
         raise NotImplementedError
 

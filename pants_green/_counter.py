@@ -74,6 +74,8 @@ class Counter:
         if not self._told:
             self._told = True
             stream._tell_held_up("chunk_rate", "chunks")
+        if stream._limits is not None:
+            stream._limits.end("read")  # the delay is ours; if no whole chunk is left it begins anew
         timer = stream._engine._in_hub_after(delay, stream._alert)
         try:
             stream._wait()

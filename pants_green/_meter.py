@@ -84,17 +84,28 @@ class Meter:
         """Call `callback` when there is something that may be received."""
         delay = 0.0 if self._bucket is None else self._bucket.delay(self._clock())
         if delay:
-            self._timer = self._engine._in_hub_after(delay, self._listen, callback, *args)
-            self._tell()
+            self._timer = self._engine._in_hub_after(delay, self._listen_late, callback, *args)
+            self._hold_up()
         else:
             self._listen(callback, *args)
 
-    def _tell(self) -> None:
-        """Have it said, once, that the peer is held up: not here, for a log handler may wait."""
+    def _hold_up(self) -> None:
+        """The peer is held up: its chunk may take longer. Have that said, once, but not here, for a log handler may wait."""
         stream = self._stream()
-        if not self._told and stream is not None:
+        if stream is None:
+            return
+        if stream._limits is not None:
+            stream._limits.end("read")
+        if not self._told:
             self._told = True
             stream._post("_tell_held_up", "read_rate", "bytes")
+
+    def _listen_late(self, callback: Callable[..., Any], *args: Any) -> None:
+        """Hub: the peer is held up no more, and its chunk has its whole time from now on."""
+        self._listen(callback, *args)
+        stream = self._stream()
+        if stream is not None:
+            stream._limit_changed("read")
 
     def _listen(self, callback: Callable[..., Any], *args: Any) -> None:
         self._timer = None

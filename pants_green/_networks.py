@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from itertools import islice
 from typing import Any
 
 __all__ = ["Client", "Networks", "client_of"]
 
 #: Whom connections come from: an IP address, or "unix".
 Client = IPv4Address | IPv6Address | str
+
+#: Networks that a line of the log says; thousands would fill it.
+SHOWN = 10
 
 #: What IPv4 addresses are in IPv6.
 MAPPED = ip_network("::ffff:0:0/96")
@@ -25,13 +29,15 @@ class Networks:
         TypeError, ValueError: one of them makes no sense.
     """
 
-    __slots__ = ("_networks", "_unix")
+    __slots__ = ("_networks", "_numbers", "_unix")
 
     def __init__(self, name: str, networks: Iterable[Any]) -> None:
         if isinstance(networks, (str, bytes)):
             raise TypeError(f"{name} is a list of networks, such as ['10.0.0.0/8', '::1'], not the single {networks!r}")
         self._unix = False
         self._networks: list[IPv4Network | IPv6Network] = []
+        #: Their addresses by version and number of bits that hosts have, as numbers without these: thousands cost no more than a few.
+        self._numbers: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
         try:
             given = list(networks)
         except TypeError:
@@ -43,23 +49,31 @@ class Networks:
                 raise TypeError(f"{name}: {one!r} is no network; give a str, such as '10.0.0.0/8'")
             else:
                 try:
-                    self._networks.append(_unmapped(ip_network(one)))
+                    self._add(_unmapped(ip_network(one)))
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}; give an address or a network, such as '10.0.0.0/8'") from None
+
+    def _add(self, network: IPv4Network | IPv6Network) -> None:
+        self._networks.append(network)
+        bits = network.max_prefixlen - network.prefixlen
+        self._numbers[network.version].setdefault(bits, set()).add(int(network.network_address) >> bits)
 
     def __contains__(self, sockaddr: Any) -> bool:
         """Tell whether a socket address is in one of them."""
         client = client_of(sockaddr)
         if isinstance(client, str):
             return self._unix
-        return any(client.version == one.version and client in one for one in self._networks)
+        number = int(client)
+        return any(number >> bits in networks for bits, networks in self._numbers[client.version].items())
 
     def __iter__(self) -> Iterator[str]:
         """Give them as str, so that others can be made of these and some more."""
         return iter([*map(str, self._networks), *["unix"] * self._unix])
 
     def __repr__(self) -> str:
-        return repr(list(self))
+        shown = list(islice(self, SHOWN))
+        more = len(self._networks) + self._unix - len(shown)
+        return f"{shown!r} and {more} more" if more else repr(shown)
 
 
 def _unmapped(network: IPv4Network | IPv6Network) -> IPv4Network | IPv6Network:

@@ -35,6 +35,7 @@ class Reports:
         channel: Any = None,
         event: str = "limit",
         logger: logging.Logger | None = None,
+        exc_info: BaseException | None = None,
     ) -> None:
         """Say that a limit was hit.
 
@@ -43,13 +44,13 @@ class Reports:
             message, args: what happened, and to whom; of the server's own limits, the limit and its value are put before it.
             level: of the record; what is less than a warning is said each time.
             channel: whose limit it is, if not the server's: the record's ``channel``, which also tells its ``peer``.
-            event, logger: as of other records.
+            event, logger, exc_info: as of other records.
         """
-        if level < logging.WARNING or self._may_say(limit, value):
+        teller: Any = channel or self._server_ref()
+        if teller is not None and (level < logging.WARNING or self._may_say(limit, value)):  # a peer that lingers may outlive it
             if channel is None and logger is None:
                 message, args = "%s, %s: " + message, (limit, value, *args)
-            teller: Any = channel or self._server_ref()
-            teller._log(level, message, *args, event=event, logger=logger)
+            teller._log(level, message, *args, event=event, logger=logger, exc_info=exc_info)
 
     def tell_once(self, limit: str, value: Any, message: str) -> None:
         """Say that a limit holds things up, unless that was said lately: it does so again and again."""

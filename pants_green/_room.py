@@ -94,8 +94,8 @@ def stalled(stream: "Stream[...]", sent: int) -> None:
     if stream._write_timeout is not None and (sent or stream._limits is None or not stream._limits.runs("write")):
         stream._limit("write", stream._write_timeout)
     stream._room_at = max(stream._room_at, 0)  # when all is sent, the limit ends
-    if stream._server is not None and stream._server._budget is not None:
-        stream._server._budget.watch((stream,))
+    if stream._server is not None and stream._server._write_budget is not None:
+        stream._server._watch_output((stream,))
 
 
 def made(stream: "Stream[...]") -> None:

@@ -3,6 +3,7 @@
 What is refused here never gets to ``on_accept``. Limits of single connections are the business of ``stream``.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -33,10 +34,11 @@ class Limit(Setting[Any]):
 class ServerLimits(ServerProxy):
     """The part of a server that says who may come in. Not made by itself."""
 
-    __slots__ = ("_at_work", "_bucket", "_by_client", "_checks", "_held", "_hold_timer", "_suspended", "_throttled")
+    __slots__ = ("_at_work", "_bucket", "_by_client", "_held", "_hold_timer", "_suspended")
 
     #: Connections at a time; None: as many as there are descriptors. Those that are more wait in the backlog of the kernel, and
-    #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count.
+    #: are accepted as others end. Connections in their TLS handshake, in ``on_accept``, and such as are still sending, count; a socket
+    #: of which ``on_accept`` makes no stream does so only until that returns.
     max_connections: Setting[int | None] = Limit(None, positive_count)
 
     #: Connections at a time from one IP address, or from all Unix sockets together; None: no limit. Those that are more are closed.
@@ -51,20 +53,24 @@ class ServerLimits(ServerProxy):
     allow: Setting[Any] = Limit(None, _networks_or_none)
     deny: Setting[Any] = Limit(None, _networks_or_none)
 
-    #: What sees to `write_budget`, on a Server that has one.
-    _budget: Any = None
+    #: Only a Server has one.
+    _write_budget: int | None = None
 
     _max_connections: ClassVar[int | None]
     _max_connections_per_ip: ClassVar[int | None]
     _accept_rate: ClassVar[float | None]
     _allow: ClassVar[Networks | None]
     _deny: ClassVar[Networks | None]
+    #: Whether one of these is set, or was on this instance.
+    _limited: bool
 
     @classmethod
     def _settled(cls) -> None:
         super()._settled()
-        for name in ("max_connections", "max_connections_per_ip", "accept_rate", "allow", "deny"):
-            setattr(cls, "_" + name, getattr(cls, name))
+        values = {name: getattr(cls, name) for name in ("max_connections", "max_connections_per_ip", "accept_rate", "allow", "deny")}
+        for name, value in values.items():
+            setattr(cls, "_" + name, value)
+        cls._limited = any(value is not None for value in values.values())
 
     def __init__(self, engine: Any, proxy_protocol: str | None, trusted: Iterable[Any] | None) -> None:
         super().__init__(engine, proxy_protocol, trusted)
@@ -77,22 +83,10 @@ class ServerLimits(ServerProxy):
         self._hold_timer: Any = None
         self._suspended = False
         self._bucket: TokenBucket | None = None
-        self._limits_changed()
 
     def _limits_changed(self) -> None:
         """What may come in has changed: that holds from now on."""
-        self._throttled = self._max_connections is not None or self._accept_rate is not None
-        self._checks = self._max_connections_per_ip is not None or self._allow is not None or self._deny is not None
-        if self._accept_rate is None:
-            self._bucket = None
-        if self._max_connections_per_ip is None:
-            self._by_client = None
-        elif self._by_client is None:
-            self._by_client = {}
-            for remote in self._at_work.values():
-                if remote is not NOBODY:
-                    client = client_of(remote)
-                    self._by_client[client] = self._by_client.get(client, 0) + 1
+        self._limited = True
         if self._held or self._hold_timer is not None:
             self._engine._enter()
             self._hold_no_more()
@@ -111,6 +105,7 @@ class ServerLimits(ServerProxy):
         if most is not None and self._active >= most:
             return False
         if rate is None:
+            self._bucket = None
             return True
         now = self._engine._clock()
         if self._bucket is None or self._bucket.rate != rate:
@@ -167,7 +162,7 @@ class ServerLimits(ServerProxy):
             self._reports.tell("deny", self._deny, "the connection of %s was closed", format_address(remote))
         elif self._allow is not None and remote not in self._allow:
             self._reports.tell("allow", self._allow, "the connection of %s was closed", format_address(remote))
-        elif self._by_client is not None and not self._count_client(self._by_client, client_of(remote)):
+        elif not self._count_client(client_of(remote)):
             text = "one more connection of %s was closed"
             self._reports.tell("max_connections_per_ip", self._max_connections_per_ip, text, format_address(remote))
         else:
@@ -175,13 +170,18 @@ class ServerLimits(ServerProxy):
         sock.close()
         return False
 
-    def _count_client(self, by_client: "dict[Client, int]", client: "Client") -> bool:
-        """Count one more connection of a client, unless that is too many."""
-        count = by_client.get(client, 0)
+    def _count_client(self, client: "Client") -> bool:
+        """Count one more connection of a client, unless that is too many; while there is no limit nobody counts."""
         most = self._max_connections_per_ip
-        if most is not None and count >= most:
+        if most is None:
+            self._by_client = None
+            return True
+        if self._by_client is None:
+            self._by_client = Counter(client_of(remote) for remote in self._at_work.values() if remote is not NOBODY)
+        count = self._by_client.get(client, 0)
+        if count >= most:
             return False
-        by_client[client] = count + 1
+        self._by_client[client] = count + 1
         return True
 
     def _let_out(self, by_client: "dict[Client, int]", client: "Client") -> None:

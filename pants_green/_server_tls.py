@@ -220,7 +220,7 @@ class ServerTLS(Channel):
         message = "the TLS handshake with %s failed: %s"
         limit: tuple[str, Any] = "TLS handshake", "failed"
         if isinstance(exception, HandshakeTimeout):
-            limit = "handshake_timeout", self.handshake_timeout
+            limit = "handshake_timeout", getattr(self._tls_options, "handshake_timeout", self._handshake_timeout)
         args = format_address(addr), exception
         self._reports.tell(*limit, message, *args, level=level, event="handshake_error", logger=TLS_LOGGER)
         sock.close()

@@ -46,6 +46,7 @@ __all__ = [
     "listen_all",
     "local_sockaddr",
     "look_up",
+    "most_descriptors",
     "packet_ports_of",
     "peer_credentials",
     "ports_of",
@@ -503,6 +504,11 @@ def has_files(sock: Any) -> bool:
 def abandon(sock: Any) -> None:
     """Close the descriptor of a socket whose hub will never run again, in a forked child; its watchers are left alone."""
     os.close(sock._sock.detach())
+
+
+def most_descriptors() -> int:
+    """Return how many descriptors this process may have; 0 or less if nobody can tell."""
+    return os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 0
 
 
 def peer_credentials(sock: Any) -> tuple[int, int, int] | None:

@@ -480,13 +480,13 @@ class StreamState(StreamCallbacks[Chunk]):
         if rate is not None:
             self._report(limit, f"{limit}, {rate:g} {what} per second, is reached; the peer is held up", "rate")
 
-    def _report(self, limit: str, error: BaseException | str, event: str) -> None:
+    def _report(self, limit: str, error: BaseException | str, event: str, exc_info: BaseException | None = None) -> None:
         """Log that a limit was hit: with the server's other reports, of which there are not too many, if there is a server."""
         if self._server is None:
-            self._log(logging.WARNING, "%s", error, event=event)
+            self._log(logging.WARNING, "%s", error, event=event, exc_info=exc_info)
         else:
             value = getattr(error, "limit", 0) or getattr(self, limit, None)
-            self._server._reports.tell(limit, value, "%s", error, channel=self, event=event)
+            self._server._reports.tell(limit, value, "%s", error, channel=self, event=event, exc_info=exc_info)
 
     def _in_chunk(self) -> bool:
         return len(self._inbox) > 0

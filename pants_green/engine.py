@@ -94,7 +94,8 @@ class Engine:
         self._flush_asked = False
         self._flush_at = FLUSH_AT
         self._roots: set[Any] = set()
-        self._lingering: set[Any] = set()
+        #: In order: when there are too many the first is let go.
+        self._lingering: dict[Any, None] = {}
         self._scheduler: Any = None
         self._pollers: list[Event] = []
         self._from_threads: list[Timer] = []

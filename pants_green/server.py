@@ -260,7 +260,7 @@ class StreamServer(ServerStopping):
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
         for number in range(self._accept_at_once):
-            if self._throttled and not self._may_accept():
+            if self._limited and not self._may_accept():
                 if not number:  # else it wakes up once more if there is another
                     self._hold()
                 return
@@ -275,7 +275,7 @@ class StreamServer(ServerStopping):
                 return
             if self._back_off:
                 self._accepted_again()
-            if self._bucket is not None:
+            if self._limited:
                 self._count_accepted()
             self._engine._run(self._welcome, accepted, self._context)
             if self._state is not LISTENING or self._suspended:
@@ -315,7 +315,9 @@ class StreamServer(ServerStopping):
         try:
             if self._proxy_protocol is not None and accepted is not None:
                 accepted = self._read_header(worker, accepted)
-            if accepted is None or (self._checks and not self._admit(accepted[0], accepted[1])):
+            if accepted is None:
+                return
+            if (self._limited or self._by_client is not None) and not self._admit(accepted[0], accepted[1]):
                 return
             self._at_work[worker] = accepted[1]
             if self._tls_options is not None:
@@ -616,7 +618,8 @@ class Server(StreamServer):
     write_budget: Setting[int | None] = BudgetSetting(None, positive_count)
 
     _max_connection_age: ClassVar[float | None]
-    _write_budget: ClassVar[int | None]
+    _write_budget: int | None
+    _budget: Budget | None = None
 
     @classmethod
     def _settled(cls) -> None:
@@ -646,16 +649,18 @@ class Server(StreamServer):
             raise TypeError(f"{type(self).__name__}.ConnectionClass is a subclass of Stream (or Connection), not {wanted!r}")
         self.channels = Channels()
         self._settling: set[Stream] = set()
-        self._budget_changed()
         # Last, for a socket that listens is accepted from.
         super().__init__(socket=socket, engine=engine, ssl_options=ssl_options, proxy_protocol=proxy_protocol, trusted=trusted)
 
     def _budget_changed(self) -> None:
-        if self._write_budget is None:
-            self._budget = None
-        else:
-            self._budget = self._budget or Budget(self)
-            self._budget.watch(stream for stream in self._children() if stream._sending)  # type: ignore[attr-defined]
+        if self._write_budget is not None:
+            self._watch_output(stream for stream in self._streams() if stream._sending)
+
+    def _watch_output(self, streams: Iterable[Stream]) -> None:
+        """These have not taken everything that was written to them; what waits is to stay within the budget."""
+        if self._budget is None:
+            self._budget = Budget(self)
+        self._budget.watch(streams)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

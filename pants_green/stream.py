@@ -11,6 +11,7 @@ Accepting is in ``server``.
 """
 
 import contextvars
+import functools
 import logging
 import socket as stdlib_socket
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, overload
 from greenlet import getcurrent
 
 from pants_green import _sockets
-from pants_green._address import NOT_GIVEN, Address, parse_connect
+from pants_green._address import NOT_GIVEN, Address, format_address, parse_connect
 from pants_green._adopting import adopt, is_listening
 from pants_green._callbacks import Chunk, StreamCallbacks
 from pants_green._client_proxy import send_header
@@ -1142,7 +1143,12 @@ class Stream(StreamState[Chunk]):
             socket = self._socket
             _sockets.shutdown_output(socket)
             recv, _, reader, writer = self._raw_ports()
-            linger = Linger(self._engine, socket, recv, reader, writer, self._linger_timeout)
+            overdue = None
+            if self._server is not None:
+                text = "the connection of %s, which the peer has not ended, was closed"
+                told = ("linger_timeout", self._linger_timeout, text, format_address(self._remote))
+                overdue = functools.partial(self._server._reports.tell, *told)  # it does not keep the stream
+            linger = Linger(self._engine, socket, recv, reader, writer, self._linger_timeout, overdue)
             self._let_go()
             linger.start()
         self._shut(self._close_reason or CloseReason.ENDED_HERE)

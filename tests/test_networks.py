@@ -1,5 +1,6 @@
 """Networks: which addresses are in them, and what makes none."""
 
+import time
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -58,6 +59,20 @@ def test_network_of_a_wrong_type_is_a_type_error_that_shows_a_right_one(wrong):
 def test_network_that_is_none_is_a_value_error_that_shows_a_right_one(wrong):
     with pytest.raises(ValueError, match=r"^Gate\.deny: .*'10\.0\.0\.0/8'"):
         Networks("Gate.deny", wrong)
+
+
+def test_network_thousands_cost_no_more_than_a_few():
+    networks = Networks("deny", [f"10.{number // 256}.{number % 256}.0/24" for number in range(3000)])
+    began = time.perf_counter()
+    assert not any((f"192.0.2.{number}", 1) in networks for number in range(200))
+    assert all((f"10.11.{number}.1", 1) in networks for number in range(184))
+    assert time.perf_counter() - began < 0.1
+
+
+def test_network_thousands_do_not_fill_the_log():
+    networks = Networks("deny", [*(f"10.0.0.{number}" for number in range(184)), "unix"])
+    assert repr(networks).endswith("'10.0.0.9/32'] and 175 more")
+    assert len(list(networks)) == 185
 
 
 def test_network_reads_as_a_list_and_can_be_made_into_a_longer_one():

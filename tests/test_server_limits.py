@@ -452,7 +452,7 @@ def test_max_connections_per_ip_goes_down_however_a_connection_ends(server_with,
                 one.recv_all()
         until(lambda: not server._active)
         one.close()
-    assert server._by_client == {}
+    assert not server._by_client
     assert server._at_work == {}
     assert not any("max_connections_per_ip" in message for message in messages_of(caplog))
 
@@ -581,6 +581,27 @@ def test_networks_changed_at_run_time_hold_for_the_next_connection(server_with, 
     assert is_closed(peer(server))
     assert answers(first)
     server.deny = None
+    assert answers(peer(server))
+
+
+def test_networks_and_counts_changed_on_the_class_hold_for_the_next_connection(server_with, peer):
+    kind = type("Picky", (Server,), {})
+    server = server_with(server_class=kind)
+    first = peer(server)
+    assert answers(first)
+    kind.deny = ["127.0.0.1"]
+    assert is_closed(peer(server))
+    del kind.deny
+    kind.max_connections_per_ip = 1
+    assert is_closed(peer(server))
+    kind.max_connections_per_ip = None
+    second = peer(server)
+    assert answers(second)
+    kind.max_connections_per_ip = 2
+    assert is_closed(peer(server))
+    first.close()
+    second.close()
+    until(lambda: not server._active)
     assert answers(peer(server))
 
 
@@ -716,6 +737,14 @@ def test_write_budget_set_at_run_time_sees_those_that_are_slow_already(server_wi
     recorder.wait_for("on_close")
     assert large.closed
     assert small.connected
+
+
+def test_write_budget_set_on_the_class_holds_for_servers_that_listen(server_with, peer, recorder):
+    kind = type("Bounded", (Server,), {})
+    server = server_with(recorder.of(Slow, "on_close"), server_class=kind)
+    kind.write_budget = MIB
+    slow_ones(server, peer, 2 * MIB)
+    recorder.wait_for("on_close")
 
 
 def test_write_budget_none_switches_it_off(server_with, peer, recorder):
@@ -881,6 +910,22 @@ def test_reports_of_connections_carry_each_its_own_channel_and_peer(server_with,
     assert messages_of(caplog) == [f"{server!r}: idle_timeout, 0.05: 5 more within 10 seconds, of which nothing was said"]
 
 
+def test_reports_of_callbacks_that_took_too_long_are_as_those_of_other_limits(server_with, peer, caplog):
+    server = server_with(type("Slow", (Connection,), {"callback_timeout": 0.05, "on_read": lambda stream, data: gevent.sleep(10)}))
+    peers = [peer(server) for _ in range(15)]
+    for one in peers:
+        one.send(b"x")
+    assert all(one.at_eof() for one in peers)
+    records = records_of(caplog, "timeout")
+    assert len(records) == 10
+    assert {record.levelno for record in records} == {logging.WARNING}
+    assert {record.peer for record in records} <= {one.address for one in peers}
+    assert all("callback_timeout, 0.05 seconds" in record.getMessage() and record.exc_info for record in records)
+    server.close()
+    until(lambda: records_of(caplog))
+    assert messages_of(caplog)[0].endswith("callback_timeout, 0.05: 5 more within 10 seconds, of which nothing was said")
+
+
 def test_reports_what_an_override_takes_into_its_own_hands_is_not_said(server_with, peer, caplog, recorder):
     kind = type("Quiet", (Echo,), {"idle_timeout": 0.05, "on_timeout": lambda stream, which: stream.close()})
     assert peer(server_with(kind)).at_eof()
@@ -900,7 +945,7 @@ def test_reports_of_a_stream_without_a_server_are_said_each_time(server_with, re
 
 def test_hostile_handshakes_that_stall_hold_nobody_up_and_fill_no_log(server_with, peer, tls_peer, caplog):  # noqa: F811
     """Rows 15, 16 and 24 of the list of old vulnerabilities: slow-loris at the handshake, and what it leaves behind."""
-    server = server_with(ssl_options=TLS_OPTIONS, handshake_timeout=0.3)
+    server = server_with(ssl_options={**TLS_OPTIONS, "handshake_timeout": 0.3})
 
     def stall(count):
         socks = []

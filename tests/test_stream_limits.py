@@ -31,6 +31,7 @@ from pants_green import (
     ReconnectingClient,
     Server,
     Stream,
+    _linger,
 )
 from pants_green.framing import LengthPrefix
 from pants_green.testing import memory_pair
@@ -516,6 +517,25 @@ def test_read_rate_a_stream_that_is_held_up_is_not_idle(connected, recorder):
     recorder.wait_for("on_close")
     assert got == b"123456789abcdefgh"
     assert stream.close_reason is CloseReason.TIMED_OUT
+
+
+def test_read_rate_a_chunk_that_is_held_up_is_not_overdue(connected, recorder):
+    _, one = connected(Lines, "on_read", "on_timeout", "on_close", read_rate=400, read_timeout=0.03)
+    one.send(b"x" * 450 + b"\n")
+    recorder.wait_for("on_read")
+    assert recorder == [("on_read", b"x" * 450)]
+    one.send(b"yyyyyyyy")  # held up, too, and then nothing more comes
+    recorder.wait_for("on_close")
+    assert recorder[1] == ("on_timeout", "read")
+
+
+def test_chunk_rate_chunks_that_are_held_up_are_not_overdue(connected, recorder):
+    stream, one = connected(Lines, "on_read", "on_timeout", "on_close", chunk_rate=20, read_timeout=0.03)
+    one.send(b"a")
+    until(lambda: stream._in_chunk())
+    one.send(b"\n" * 22 + b"b")
+    recorder.wait_for("on_close")
+    assert recorder.names() == ["on_read"] * 22 + ["on_timeout", "on_close"]
 
 
 @pytest.mark.parametrize(("name", "what"), [("read_rate", "bytes"), ("chunk_rate", "chunks")])
@@ -1028,6 +1048,30 @@ def test_linger_of_a_stream_with_a_read_rate_is_not_held_up_by_it(joined, record
     began = time.monotonic()
     until(lambda: not lingering())
     assert time.monotonic() - began < LATE
+
+
+def test_linger_timeout_is_reported_when_it_is_hit(connected, caplog):
+    stream, one = connected(Connection, linger_timeout=SHORT)
+    stream.end()
+    assert one.at_eof()
+    until(lambda: warnings_of(caplog))
+    (message,) = warnings_of(caplog)
+    ending = f"linger_timeout, {SHORT}: the connection of 127.0.0.1:{one.address[1]}, which the peer has not ended, was closed"
+    assert message.endswith(ending)
+
+
+def test_linger_many_peers_take_no_more_than_a_part_of_all_descriptors(server_of, peer, monkeypatch):
+    monkeypatch.setattr(_linger, "most_descriptors", lambda: 40)
+    server = server_of(type("Brief", (Connection,), {"on_connect": lambda stream: stream.end()}))
+    peers = [peer(server) for _ in range(15)]
+    assert all(one.at_eof() for one in peers)
+    until(lambda: not server._active)
+    assert lingering() == 10
+    for one in peers[5:]:
+        one.send(b"still here")
+    for one in peers:
+        one.close()
+    until(lambda: not lingering())
 
 
 # ---- Nothing is kept
