@@ -22,6 +22,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds between two looks at what is left.
 LOOK = 0.02
 
+#: Seconds after which a signal that the hub has not seen will not be seen: a callback calculates, or blocks the whole thread.
+STUCK = 1.0
+
 
 class Drain:
     """Listens for signals, and ends an engine gracefully at the first.
@@ -36,7 +39,7 @@ class Drain:
         ChannelStateError: this is not the main thread.
     """
 
-    __slots__ = ("_all_asked", "_asked", "_before", "_deadline", "_engine", "_over", "_timeout", "_timer")
+    __slots__ = ("_all_asked", "_asked", "_before", "_deadline", "_engine", "_over", "_timeout", "_timer", "_unseen")
 
     def __init__(self, engine: "Engine", timeout: float) -> None:
         self._engine = engine
@@ -47,6 +50,8 @@ class Drain:
         self._asked: list[Channel] = []
         self._all_asked = False
         self._over = False
+        #: When the first signal came that the hub has not seen yet.
+        self._unseen: float | None = None
         self._before: dict[int, Any] = {}
         try:
             for number in SIGNALS:
@@ -65,11 +70,17 @@ class Drain:
             self._timer.cancel()
 
     def _signalled(self, number: int, frame: object) -> None:
-        """Called by Python wherever it is, so all the rest is done in the hub."""
+        """Called by Python wherever it is, so all the rest is done in the hub, unless that does not come by."""
+        now = self._engine._clock()
+        if self._unseen is None:
+            self._unseen = now
+        elif now - self._unseen >= STUCK:
+            raise SystemExit(128 + number)
         self._engine._loop.run_callback(self._begin, number)
 
     def _begin(self, number: int) -> None:
         """Hub: a signal came."""
+        self._unseen = None
         if self._over:
             return
         name = signal.Signals(number).name

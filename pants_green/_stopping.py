@@ -158,15 +158,27 @@ class ServerStopping(ServerLimits):
         return current in self._at_work
 
     def _take_the_rest(self) -> None:
-        """Hub: take what is left in the accept queue, close it, and ask every connection to end."""
+        """Hub: take what is left in the accept queue, close it, and have every connection asked to end."""
         if self._state is not STOPPING or self._stopping is None:
             return
-        for listener in self._listeners:
+        for listener in self._listeners[:]:
             self._accept_rest(listener)
+            # Before the next, which may take its time: what comes meanwhile has to go elsewhere, and would be reset here.
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+                listener.stop()
+                listener.close()
         self._close_listeners()
-        for stream in self._streams():
-            stream._ask_to_stop(self._stopping.deadline)
+        # When the hub has looked at their sockets once more, and was at its timers then: what has come already is answered.
+        loop = self._engine._loop
+        self._engine._in_hub_after(0.0, loop.run_callback, self._ask_all)
         self._one_less()
+
+    def _ask_all(self) -> None:
+        """Hub: ask every connection to end."""
+        if self._state is STOPPING and self._stopping is not None:
+            for stream in self._streams():
+                stream._ask_to_stop(self._stopping.deadline)
 
     def _accept_rest(self, listener: _sockets.Listener) -> None:
         for _ in range(REST_MOST):

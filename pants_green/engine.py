@@ -135,7 +135,9 @@ class Engine:
                 are not waited for. A second signal ends it at once. None: signals do what they do elsewhere.
 
         Raises:
-            KeyboardInterrupt, SystemExit: raised in a callback, or by the user's Ctrl-C.
+            KeyboardInterrupt, SystemExit: raised in a callback, or by the user's Ctrl-C; with `graceful_timeout` by a second
+                signal while a callback has not let the hub come by since the first, a second ago or more (exit code 128 and its
+                number).
             ChannelStateError: (RuntimeError) `graceful_timeout` was given outside of the main thread, to which signals come.
             TypeError, ValueError: `graceful_timeout` is not a number of seconds of more than 0.
         """

@@ -60,7 +60,8 @@ IPV6 = "%x:%x:%x:%x:%x:%x:%x:%x"
 ALPN, AUTHORITY, CRC32C, UNIQUE_ID, SSL, NETNS = 0x01, 0x02, 0x03, 0x05, 0x20, 0x30
 
 #: The texts inside the TLV for SSL, and their encoding. The certificate, 0x28, is bytes.
-SSL_ENCODINGS = {0x21: "ascii", 0x22: "utf-8", 0x23: "ascii", 0x24: "ascii", 0x25: "ascii", 0x26: "ascii", 0x27: "ascii"}
+CN = 0x22
+SSL_ENCODINGS = {0x21: "ascii", CN: "utf-8", 0x23: "ascii", 0x24: "ascii", 0x25: "ascii", 0x26: "ascii", 0x27: "ascii"}
 
 #: Bytes of the longest unique_id. Source: section 2.2.5.
 LONGEST_ID = 128
@@ -116,8 +117,8 @@ class ProxySSL(NamedTuple):
 
     @property
     def cn(self) -> str | None:
-        """The common name of the client's certificate."""
-        return self._text(0x22)
+        """The common name of the client's certificate; bytes in it that are not UTF-8 are there as with "surrogateescape"."""
+        return self._text(CN)
 
     @property
     def cipher(self) -> str | None:
@@ -151,7 +152,7 @@ class ProxySSL(NamedTuple):
 
     def _text(self, kind: int) -> str | None:
         value = _first(self.tlvs, kind)
-        return None if value is None else value.decode(SSL_ENCODINGS[kind])
+        return None if value is None else _ssl_text(kind, value)
 
     def __repr__(self) -> str:
         certificate = "verified" if self.verified else "not verified" if self.client & 6 else "none"
@@ -526,7 +527,7 @@ def _check(kind: int, value: bytes) -> None:
             value.decode("utf-8" if kind == AUTHORITY else "ascii")
         elif kind == SSL:
             for inner, text in _read_ssl(value).tlvs:
-                text.decode(SSL_ENCODINGS.get(inner, "latin-1"))
+                _ssl_text(inner, text)
     except UnicodeDecodeError as error:
         raise ValueError(f"text in {error.encoding} in the TLV of type {kind:#04x}") from None
 
@@ -536,6 +537,11 @@ def _read_ssl(value: bytes) -> ProxySSL:
     if end != len(value):
         raise ValueError("an SSL TLV of 5 bytes and whole TLVs")
     return ProxySSL(value[0], int.from_bytes(value[1:5], "big"), tuple((kind, inner) for _, kind, inner in found))
+
+
+def _ssl_text(kind: int, value: bytes) -> str:
+    # HAProxy hands a CN on as it is in the certificate, and in an old one (T61String) that is Latin-1: the client is no worse for it.
+    return value.decode(SSL_ENCODINGS.get(kind, "latin-1"), "surrogateescape" if kind == CN else "strict")
 
 
 def _first(tlvs: tuple[TLV, ...], kind: int) -> bytes | None:

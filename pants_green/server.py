@@ -208,8 +208,8 @@ class StreamServer(ServerStopping):
     def _check_may_listen(self) -> None:
         if self._state is LISTENING:
             raise ChannelStateError(f"listen() on {self!r}: it listens already; make another server for another address")
-        if self._state is CLOSED:
-            raise ChannelStateError(f"listen() on {self!r}: a closed server cannot be opened again; make a new one")
+        if self._state is STOPPING or self._state is CLOSED:
+            raise ChannelStateError(f"listen() on {self!r}: a server that was stopped or closed cannot be opened again; make a new one")
 
     def _addresses(self, address: Address, slave: bool) -> list[Address]:
         """Return every address to bind to: both families of "any", all addresses of a name."""

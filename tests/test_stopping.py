@@ -20,6 +20,7 @@ from certificates import authority, server_context
 from children import Child
 from children import Peer as BlockingPeer
 from gevent.event import Event
+from needs import needs_ipv6
 from peers import PlainSocket, in_thread
 from tls_peers import TLSPeer, tls_peer  # noqa: F401
 from waiting import lingering, nothing_is_kept, turns, unsent, until  # noqa: F401
@@ -36,6 +37,7 @@ from pants_green import (
     Stream,
     StreamServer,
     UnixServer,
+    _drain,
     _stopping,
     engine,
 )
@@ -67,7 +69,7 @@ def refuses(address):
 
 def queued(address, data=b""):
     """Return a peer's socket that has connected, and sent `data`, before the hub has had a turn."""
-    sock = PlainSocket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    sock = PlainSocket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     sock.settimeout(10.0)
     sock.connect(address)
     if data:
@@ -863,6 +865,35 @@ def test_stop_what_is_in_the_accept_queue_is_read_also_if_on_connect_takes_its_t
     assert sorted(recorder.names()) == ["on_read"] * 2 + ["on_stopping"] * 2
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_stop_what_has_come_on_connections_that_stand_is_answered_first(open_server, peer, tls_peer, secure):  # noqa: F811
+    server = open_server(Server(Lines, ssl_options=server_context() if secure else None)).listen(LOCAL)
+    peers = [(tls_peer if secure else peer)(server) for _ in range(10)]
+    until(lambda: len(server.channels) == 10)
+    turns(3)  # all of them wait for input
+    for one in peers:
+        one.socket.sendall(one.encrypt(b"hello\n") if secure else b"hello\n")  # here, while the hub has no turn
+    server.stop()
+    assert [one.recv_all() for one in peers] == [b"hello\n"] * 10
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_listen_while_stopping_is_an_error_and_changes_nothing(server_of, peer, when):
+    server = server_of(Lines, on_stopping=lambda connection, deadline: None)
+    one = peer(server)
+    only(server)
+    address = server.local_address
+    stopper = Stopper(server, None)
+    if when == "later":
+        until(lambda: refuses(address))
+    with pytest.raises(ChannelStateError, match="cannot be opened again"):
+        server.listen(LOCAL)
+    one.close()
+    stopper.wait()
+    assert refuses(address)
+    assert server.local_address == address
+
+
 def test_stop_takes_no_more_from_the_accept_queue_than_max_connections_allows(server_of):
     server = server_of(Lines)
     server.max_connections = 2
@@ -891,6 +922,21 @@ def test_stop_takes_a_bounded_number_from_the_accept_queue(server_of, monkeypatc
     assert len(again) in (50, 51)  # one more if the listener woke up before
     for sock in again:
         sock.close()
+
+
+@needs_ipv6
+def test_stop_closes_each_listener_before_it_serves_what_waits_at_the_next(open_server):
+    # Else what comes to the first meanwhile is reset in the end; another process on the same port would have served it.
+    class Own(Lines):
+        def on_connect(self):
+            if self.local_address[0] == "::1":
+                self.write(repr(refuses(("127.0.0.1", self.local_address[1]))))
+
+    server = open_server(Server(Own)).listen(0)
+    port = server.local_address[1]
+    waiting = [queued(("127.0.0.1", port), b"hello\n"), queued(("::1", port))]
+    server.stop()
+    assert [everything_from(sock) for sock in waiting] == [b"hello\n", b"True"]
 
 
 def test_stop_with_reuse_port_leaves_the_port_to_the_others(open_server, peer):
@@ -1073,6 +1119,22 @@ def test_graceful_end_second_signal_ends_it_at_once(handlers, server_of, peer, c
     assert [record.getMessage() for record in caplog.records] == ["SIGINT once more: stopping at once, with 2 channels left"]
     one.send(b"hello\n")
     assert one.recv_exactly(6) == b"hello\n"
+
+
+def test_graceful_end_second_signal_ends_also_what_never_lets_the_hub_come_by(handlers, server_of, recorder, monkeypatch):
+    def on_read(connection, line):
+        kill(signal.SIGINT)
+        kill(signal.SIGINT)  # too soon: it may still be seen
+        monkeypatch.setattr(_drain, "STUCK", 0.0)
+        kill(signal.SIGINT)
+        recorder("nobody has ended this")
+
+    server = server_of(recorder.of(Lines, "on_close", on_read=on_read))
+    with queued(server.local_address, b"hello\n"), pytest.raises(SystemExit) as caught:
+        start()
+    assert caught.value.code == 128 + signal.SIGINT
+    recorder.wait_for("on_close")
+    assert "nobody has ended this" not in recorder
 
 
 def test_graceful_end_aborts_what_is_left_at_the_deadline(handlers, server_of, peer, recorder, listening_peer):
