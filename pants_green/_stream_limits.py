@@ -95,7 +95,7 @@ def hit(stream: "Stream[...]", which: str) -> None:
     elif which == "callback":
         _interrupt_callback(stream)
     elif which == "age":
-        if stream._stop_by is None and stream._state.connected:
+        if stream._stop_by is None:  # else the deadline of a server that stops holds
             stream._ask_to_stop(stream._engine._clock() + GRACE)
             stream._limit("grace", GRACE)
     else:

@@ -63,10 +63,10 @@ def test_network_that_is_none_is_a_value_error_that_shows_a_right_one(wrong):
 
 def test_network_thousands_cost_no_more_than_a_few():
     networks = Networks("deny", [f"10.{number // 256}.{number % 256}.0/24" for number in range(3000)])
-    began = time.perf_counter()
+    began = time.process_time()
     assert not any((f"192.0.2.{number}", 1) in networks for number in range(200))
     assert all((f"10.11.{number}.1", 1) in networks for number in range(184))
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 def test_network_thousands_do_not_fill_the_log():

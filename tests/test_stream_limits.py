@@ -428,9 +428,9 @@ def test_read_rate_nothing_is_lost_and_the_peer_is_held_up(joined, recorder):
     began = time.monotonic()
     sending = gevent.spawn(one.send, data)
     until(lambda: len(got) > rate * 0.95)
-    assert time.monotonic() - began < 0.15
+    assert time.monotonic() - began < 0.5
     until(lambda: len(got) == len(data))
-    assert 0.1 < time.monotonic() - began < 0.8
+    assert 0.1 < time.monotonic() - began < 2
     assert got == data
     sending.get()
     assert stream.connected
@@ -575,8 +575,8 @@ def test_chunk_rate_so_many_at_once_and_the_rest_by_and_by(connected, delimiter)
     one.send(b"\1\n" * 42)
     until(lambda: len(times) == 42)
     turns()
-    assert times[39] - began < 0.1
-    assert 0.04 < times[41] - began < 0.5
+    assert times[39] - began < 0.5
+    assert 0.04 < times[41] - began < 2
 
 
 def test_chunk_rate_without_a_delimiter_counts_what_arrives(connected):
@@ -587,7 +587,7 @@ def test_chunk_rate_without_a_delimiter_counts_what_arrives(connected):
         one.send(b"x")
         until(lambda: len(got) > 7 or stream._waiting)
         turns(2)
-    assert 0.1 < time.monotonic() - began < 0.7
+    assert 0.1 < time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("how", ["close", "end", "pause", "post", "off", "delimiter"])
