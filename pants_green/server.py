@@ -260,7 +260,8 @@ class StreamServer(ServerStopping):
 
     def _accept_all(self, listener: _sockets.Listener) -> None:
         for number in range(self._accept_at_once):
-            if self._limited and not self._may_accept():
+            limited = self._limited
+            if limited and not self._may_accept():
                 if not number:  # else it wakes up once more if there is another
                     self._hold()
                 return
@@ -275,7 +276,7 @@ class StreamServer(ServerStopping):
                 return
             if self._back_off:
                 self._accepted_again()
-            if self._limited:
+            if limited:
                 self._count_accepted()
             self._engine._run(self._welcome, accepted, self._context)
             if self._state is not LISTENING or self._suspended:
