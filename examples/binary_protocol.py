@@ -30,5 +30,7 @@ try:
     server = Server(Messages).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
     print(f"Answering messages on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
+except (OSError, ValueError) as error:
+    sys.exit(str(error))
 except KeyboardInterrupt:
     print("\nBye.")

@@ -9,9 +9,7 @@ from pants_green import Connection, Server, engine
 
 
 class Talker(Connection):
-    read_delimiter = "\n"
-    encoding = "utf-8"  # on_read gets str
-    name = ""
+    read_delimiter, encoding, name = "\n", "utf-8", ""  # on_read gets str
 
     def on_connect(self):
         self.write("Your name? ")
@@ -29,11 +27,13 @@ class Talker(Connection):
             self.tell_the_others(f"* {self.name} has left")
 
     def tell_the_others(self, line):
-        for other in self.server.channels.values():
-            if other is not self and other.name:
-                other.write(f"{line}\r\n")
+        for other in [one for one in self.server.channels.values() if one is not self and one.name]:
+            other.write(f"{line}\r\n")
 
 
-server = Server(Talker).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
-engine.callback(print, f"Talk on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
-engine.start(graceful_timeout=5)  # Ctrl-C, or SIGTERM, calls on_stopping of everybody
+try:
+    port = Server(Talker).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040).local_address[1]
+    engine.callback(print, f"Talk on port {port}. Ctrl-C ends it.", flush=True)
+    engine.start(graceful_timeout=5)  # Ctrl-C, or SIGTERM, calls on_stopping of everybody
+except (OSError, ValueError) as error:
+    sys.exit(str(error))

@@ -4,7 +4,6 @@ Try it:  python examples/http_client.py https://www.python.org/about [CAFILE]
 """
 
 import sys
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 from pants_green import Client, engine
@@ -22,8 +21,7 @@ class Page(Client):
             while size := int(self.read().partition(b";")[0], 16):
                 show(self.read(size + 2)[:-2])
         else:
-            left = int(headers.get(b"content-length", -1))
-            self.complete = left < 0  # it goes up to the end of the connection; were that cut, there would be a close_error
+            self.complete = (left := int(headers.get(b"content-length", -1))) < 0  # to the end, then: were that cut, there is a close_error
             while left:
                 left -= show(self.read(None))
         self.complete = True
@@ -34,6 +32,8 @@ class Page(Client):
 
 
 url, show = urlsplit("".join(sys.argv[1:2])), sys.stdout.buffer.write
-with suppress(KeyboardInterrupt):
+try:
     Page(ssl_options={"ca_certs": (sys.argv[2:] or [None])[0]}).connect(url.hostname or sys.exit(__doc__), url.port or 443)
     engine.start()
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

@@ -13,13 +13,10 @@ class Side(Stream):
     allow_half_open = True  # when one direction has ended, the other goes on
 
     def on_connect(self):
-        if self.server is None:  # this is the far side
-            self.other.resume()
-            return
         self.pause()  # there is nobody yet to pass anything on to
-        host, port = sys.argv[2].rsplit(":", 1)
-        self.other = Side().connect(host, int(port))
-        self.other.other = self
+        self.other = Side()
+        self.other.other, self.other.on_connect = self, self.resume
+        self.other.connect(host, int(far_port))
 
     def on_read(self, data):
         with suppress(ChannelClosed):  # should the other side be gone, its on_close ends this one
@@ -34,6 +31,9 @@ class Side(Stream):
         self.other.end()
 
 
-with suppress(KeyboardInterrupt):
-    print(f"{Server(Side).listen(int(sys.argv[1]))} forwards to {sys.argv[2]}. Ctrl-C ends it.", flush=True)
+try:
+    port, (host, _, far_port) = (sys.argv[1], sys.argv[2].rpartition(":")) if len(sys.argv) == 3 else sys.exit(__doc__)
+    print(f"{Server(Side).listen(int(port))} forwards to {host}:{int(far_port)}. Ctrl-C ends it.", flush=True)
     engine.start()
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

@@ -4,7 +4,6 @@ Try it:  python examples/reconnecting.py [PORT]  and in another terminal, now an
 """
 
 import sys
-from contextlib import suppress
 
 from pants_green import CloseReason, ReconnectingClient, engine
 
@@ -12,8 +11,7 @@ from pants_green import CloseReason, ReconnectingClient, engine
 class Follower(ReconnectingClient):
     read_delimiter = b"\n"
     encoding = "utf-8"
-    initial_delay = 0.2  # seconds; twice as long after each failure, a random part of it
-    max_delay = 10.0
+    initial_delay, max_delay = 0.2, 10.0  # seconds; twice as long after each failure, a random part of it
 
     def on_connect(self):
         print(f"connected to port {self.remote_address[1]}", flush=True)
@@ -34,6 +32,8 @@ class Follower(ReconnectingClient):
             engine.stop()
 
 
-with suppress(KeyboardInterrupt):
+try:
     Follower().connect("localhost", int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
     engine.start()
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

@@ -24,5 +24,7 @@ try:
     server = Server(Words).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
     print(f"Splitting what comes in on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
+except (OSError, ValueError) as error:
+    sys.exit(str(error))
 except KeyboardInterrupt:
     print("\nBye.")

@@ -35,5 +35,5 @@ try:
     server = Server(Packets).listen(int(sys.argv[1]) if len(sys.argv) > 1 else 4040)
     print(f"SLIP on port {server.local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
-except KeyboardInterrupt:
-    print("\nBye.")
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

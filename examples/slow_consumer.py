@@ -35,5 +35,5 @@ try:
     numbers = itertools.count(1)
     engine.cycle(0.01, tick)
     engine.start()
-except KeyboardInterrupt:
-    print("\nBye.")
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

@@ -5,7 +5,6 @@ Try it:  openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout k
 """
 
 import sys
-from contextlib import suppress
 
 from pants_green import Connection, Server, engine
 
@@ -22,7 +21,7 @@ class Session(Connection):
                 self.write("250 localhost\r\n" if self.ssl_enabled else "250-localhost\r\n250 STARTTLS\r\n")
             case ["STARTTLS"] if not self.ssl_enabled:
                 self.write("220 go ahead\r\n")  # the last that goes out in clear text
-                self.startSSL({"certfile": sys.argv[2], "keyfile": sys.argv[3]})
+                self.startSSL({"certfile": certfile, "keyfile": keyfile})
             case ["NOOP"]:
                 self.write(f"250 {self.tls_version if self.ssl_enabled else 'clear text'}\r\n")
             case ["QUIT"]:
@@ -32,6 +31,9 @@ class Session(Connection):
                 self.write("502 no such command here\r\n")
 
 
-with suppress(KeyboardInterrupt):
-    print(f"Listening on port {Server(Session).listen(int(sys.argv[1])).local_address[1]}. Ctrl-C ends it.", flush=True)
+try:
+    port, certfile, keyfile = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
+    print(f"Listening on port {Server(Session).listen(int(port)).local_address[1]}. Ctrl-C ends it.", flush=True)
     engine.start()
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

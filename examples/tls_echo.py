@@ -35,5 +35,5 @@ try:
         port = server.local_address[1]
         print(f"Echoing on port {port}. Talk to it:  openssl s_client -connect localhost:{port} -quiet  Ctrl-C ends it.", flush=True)
         engine.start()
-except KeyboardInterrupt:
-    print("\nBye.")
+except (OSError, ValueError, KeyboardInterrupt) as end:
+    sys.exit(str(end) or None)  # Ctrl-C has nothing to say

@@ -212,6 +212,9 @@ def _parse_path(path: str | bytes) -> Address:
         host, colon, port = text.rpartition(":")
         if _numeric(text) is not None:
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for the IP address {text} give ({text!r}, port)")
+        if not colon and text.isascii() and text.isdigit():
+            hint = f"for a port give the int {int(text)}, and for a file of that name './{text}'"
+            raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; {hint}")
         if colon and port.isascii() and port.isdigit():
             pair = f"({_bare(host)!r}, {int(port)})"
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for host and port give {pair}")

@@ -5,7 +5,7 @@ from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
-__all__ = ["Setting", "SettingsType", "byte_count", "duration", "one_of", "per_second", "positive_count", "seconds", "truth"]
+__all__ = ["Setting", "SettingsType", "byte_count", "duration", "one_of", "patience", "per_second", "positive_count", "seconds", "truth"]
 
 T = TypeVar("T")
 
@@ -139,12 +139,19 @@ def duration(name: str, value: Any) -> float:
     return _more_than_none(name, value, "")
 
 
-def _more_than_none(name: str, value: Any, other: str) -> float:
+def patience(name: str, value: Any) -> float | None:
+    """Check a number of seconds of 0 or more, or None for no limit."""
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return value
+    return _more_than_none(name, value, ", or None for no limit", "0 or more")
+
+
+def _more_than_none(name: str, value: Any, other: str, least: str = "more than 0") -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number of seconds{other}, not {value!r}")
     if _positive(value):
         return value
-    raise ValueError(f"{name} is a finite number of seconds and more than 0{other}, not {value!r:.100}")
+    raise ValueError(f"{name} is a finite number of seconds and {least}{other}, not {value!r:.100}")
 
 
 def _positive(value: float) -> bool:
@@ -159,7 +166,7 @@ def positive_count(name: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is a number, or None for no limit, not {value!r}")
+        raise TypeError(f"{name} is a whole number, an int, or None for no limit, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} is at least 1, or None for no limit, not {value}")
     return value

@@ -14,7 +14,7 @@ from greenlet import getcurrent
 from pants_green import _sockets
 from pants_green._lifecycle import CLOSED, LISTENING, NEW, STOP, STOPPING, CloseReason
 from pants_green._server_limits import ServerLimits
-from pants_green._settings import seconds
+from pants_green._settings import patience
 from pants_green.engine import Engine
 from pants_green.errors import ChannelStateError
 
@@ -123,8 +123,7 @@ class ServerStopping(ServerLimits):
         Raises:
             TypeError, ValueError: `timeout` is no such number.
         """
-        if timeout != 0 or isinstance(timeout, bool):
-            timeout = seconds(f"stop() on {self!r}: timeout (which may be 0, too)", timeout)
+        timeout = patience(f"stop() on {self!r}: timeout", timeout)
         if self._state is not CLOSED or self._stopping is not None:
             self._engine._enter()
         self._begin_to_stop(math.inf if timeout is None else self._engine._clock() + timeout)

@@ -3,7 +3,9 @@
 import faulthandler
 import gc
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from gevent.event import Event
 from peers import ListeningPeer, Peer
 
 from pants_green import Engine, Server, Stream
+from pants_green._address import Address
 
 pytest_plugins = ["pants_green.testing.pytest_plugin"]
 
@@ -21,6 +24,9 @@ DEADLINE = 30.0
 
 #: Seconds after which the process ends, with the tracebacks of all threads: a test that blocks for real cannot be failed.
 LAST_RESORT = 90.0
+
+#: Seconds after which that is put off by the next test. It takes a thread: one for each test would be a tenth of the suite's time.
+RENEWAL = 5.0
 
 #: Tests from which on a run is taken for one of the whole suite.
 MANY = 1000
@@ -31,6 +37,7 @@ ALWAYS_CALLED = ("on_connect", "on_connect_error", "on_read", "on_end", "on_over
 
 _stderr = -1
 _finished = 0
+_renewed = -RENEWAL
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +82,10 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def deadline() -> Iterator[None]:
     """Fail the test, in its own greenlet, when it takes too long."""
-    faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=_stderr)
+    global _renewed
+    if time.monotonic() - _renewed > RENEWAL:
+        faulthandler.dump_traceback_later(LAST_RESORT, exit=True, file=_stderr)
+        _renewed = time.monotonic()
     # Failed is a BaseException, so no `except Exception` on the way can swallow it.
     overdue = gevent.Timeout(DEADLINE, pytest.fail.Exception(f"the test was not done after {DEADLINE:g} seconds"))
     overdue.start()
@@ -83,7 +93,6 @@ def deadline() -> Iterator[None]:
         yield
     finally:
         overdue.close()
-        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +227,26 @@ def peer() -> Iterator[Callable[..., Peer]]:
     yield make
     for one in peers:
         one.close()
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return a dictionary of names and the hosts that they have; a value may be an exception, or a function that returns either."""
+    known: dict[str, Any] = {}
+
+    def resolve(address: Address) -> list[Address]:
+        if not address.needs_lookup:
+            return [address]
+        found = known[address.sockaddr[0]]
+        if callable(found):
+            found = found()
+        if isinstance(found, BaseException):
+            raise found
+        families = [(socket.AF_INET6 if ":" in host else socket.AF_INET, host) for host in found]
+        return [Address(family, (host, address.sockaddr[1]), False) for family, host in families]
+
+    monkeypatch.setattr("pants_green._sockets.resolve", resolve)
+    return known
 
 
 @pytest.fixture

@@ -284,8 +284,8 @@ def push(port, limit, more):
         unsent = unsent[count:]
         sent += count
 
-    # Half a second without room for one byte is what "it does not go on" means.
-    while sent < limit and poll.poll(500):
+    # A quarter of a second without room for one byte is what "it does not go on" means.
+    while sent < limit and poll.poll(250):
         send()
     say(sent=sent)
     sys.stdin.readline()

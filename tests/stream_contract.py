@@ -1558,12 +1558,12 @@ class Flow(Base):
         assert len(warnings_of(caplog)) == 1
 
     def test_write_timeout_does_not_hit_a_peer_that_takes_something_now_and_then(self, transport, recorder):
-        stream, one = transport.connect(recorder.of(Narrow, "on_timeout", "on_close", write_timeout=0.3), narrow=True)
+        stream, one = transport.connect(recorder.of(Narrow, "on_timeout", "on_close", write_timeout=0.25), narrow=True)
         data = data_of(FULL)
         stream.write(data)
         received = bytearray()
-        for _ in range(5):
-            gevent.sleep(0.08)  # in all more than the limit
+        for _ in range(4):
+            gevent.sleep(0.07)  # in all more than the limit
             received += one.recv_exactly(FULL // 8)
         received += one.recv_exactly(FULL - len(received))
         assert received == data

@@ -131,6 +131,7 @@ REFUSALS = [
     ("127.0.0.1:80", ["path of a Unix socket", "('127.0.0.1', 80)"]),
     ("localhost:8080", ["path of a Unix socket", "('localhost', 8080)"]),
     ("[::1]:80", ["path of a Unix socket", "('::1', 80)"]),
+    ("8080", ["path of a Unix socket", "the int 8080", "'./8080'"]),
     (":8080", ["path of a Unix socket", "('', 8080)"]),
     ("localhost:0080", ["('localhost', 80)"]),
     ("/run/\0app", ["NUL byte"]),

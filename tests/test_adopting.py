@@ -13,8 +13,7 @@ from certificates import authority, server_context
 from echoes import Echo
 from gevent import monkey
 from needs import needs_ipv6
-from peers import ListeningPeer
-from test_datagram import in_new_thread
+from peers import ListeningPeer, in_new_thread
 from waiting import nothing_is_kept, turns, until  # noqa: F401
 
 from pants_green import (

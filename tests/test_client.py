@@ -30,7 +30,6 @@ from pants_green import (
     _dialling,
     _sockets,
 )
-from pants_green._address import Address
 
 ENDERS = {"close": CloseReason.CLOSED_HERE, "end": CloseReason.ENDED_HERE, "abort": CloseReason.ABORTED_HERE}
 
@@ -48,26 +47,6 @@ class Asker(Client):
 
     def on_read(self, data):
         self.close()
-
-
-@pytest.fixture
-def names(monkeypatch):
-    """Return a dictionary of names and the hosts that they have; a value may be an exception, or a function that returns either."""
-    known = {}
-
-    def resolve(address):
-        if not address.needs_lookup:
-            return [address]
-        found = known[address.sockaddr[0]]
-        if callable(found):
-            found = found()
-        if isinstance(found, BaseException):
-            raise found
-        families = [(socket.AF_INET6 if ":" in host else socket.AF_INET, host) for host in found]
-        return [Address(family, (host, address.sockaddr[1]), False) for family, host in families]
-
-    monkeypatch.setattr("pants_green._sockets.resolve", resolve)
-    return known
 
 
 @pytest.fixture
@@ -560,15 +539,25 @@ def test_race_closed_meanwhile_every_descriptor_is_closed_at_once(fill, recorder
     assert client.close_reason is ENDERS[call]
 
 
+@pytest.fixture
+def dialling(fill, recorder, names, dialled, hurried):
+    """Return a function that makes a recorded client which waits for so many addresses, none of which answers."""
+
+    def make(count):
+        _, port = fill("127.0.0.1")
+        names["some.test"] = [f"127.0.0.{number}" for number in range(1, count + 1)]
+        for host in names["some.test"][1:]:
+            fill(host, port)
+        client = recorder.of(Client)().connect("some.test", port)
+        until(lambda: len(dialled) == count)
+        return client
+
+    return make
+
+
 @pytest.mark.parametrize("several", [True, False])
-def test_exception_thrown_into_the_wait_leaves_nothing(fill, recorder, names, dialled, hurried, several):
-    _, port = fill("127.0.0.1")
-    names["some.test"] = ["127.0.0.1"]
-    if several:
-        fill("127.0.0.2", port)
-        names["some.test"].append("127.0.0.2")
-    client = recorder.of(Client)().connect("some.test", port)
-    until(lambda: len(dialled) == 1 + several)
+def test_exception_thrown_into_the_wait_leaves_nothing(dialling, recorder, dialled, several):
+    client = dialling(1 + several)
     gevent.get_hub().loop.run_callback(client._greenlet.throw, gevent.Timeout(1))
     recorder.wait_for("on_close")
     assert recorder.names() == ["on_error", "on_close"]
@@ -601,14 +590,8 @@ def test_race_leaves_nothing_for_the_garbage_collector(server_of, fill, recorder
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_wakeup_while_dialling_is_taken_for_no_connection(fill, recorder, names, dialled, hurried, several):
-    _, port = fill("127.0.0.1")
-    names["some.test"] = ["127.0.0.1"]
-    if several:
-        fill("127.0.0.2", port)
-        names["some.test"].append("127.0.0.2")
-    client = recorder.of(Client)().connect("some.test", port)
-    until(lambda: len(dialled) == 1 + several)
+def test_wakeup_while_dialling_is_taken_for_no_connection(dialling, recorder, several):
+    client = dialling(1 + several)
     client.pause()
     turns()
     assert client.connecting

@@ -3,6 +3,7 @@
 In the process of this test it runs as it is: see ``test_contract``.
 """
 
+import faulthandler
 import math
 import os
 import re
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 @pytest.fixture
 def deadline():
     """Let the children take their time: each of their tests has a deadline of its own."""
+    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True, file=sys.__stderr__)
 
 
 def number_of_cases():

@@ -18,10 +18,9 @@ import gevent.socket
 import gevent.subprocess
 import pytest
 from children import Child
-from gevent import monkey
 from gevent.event import Event
 from needs import multicast_works, needs_ipv6, needs_multicast
-from peers import TIMEOUT, PlainSocket, in_thread
+from peers import TIMEOUT, PlainSocket, in_new_thread, in_thread
 from waiting import nothing_is_kept, turns, unsent, until  # noqa: F401
 
 import pants_green
@@ -44,8 +43,6 @@ from pants_green.framing import LengthPrefix
 LOCAL = ("127.0.0.1", 0)
 LOCAL6 = ("::1", 0)
 
-start_thread = monkey.get_original("_thread", "start_new_thread")
-plain_lock = monkey.get_original("_thread", "allocate_lock")
 
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/sys/net"), reason="as Linux does it")
 
@@ -173,28 +170,6 @@ def recording(recorder, *names, base=Datagram, **attributes):
     """Return a class that records these callbacks, by default those of packets and their trouble."""
     names = names or ("on_read", "on_read_error", "on_write_error", "on_timeout", "on_error", "on_close")
     return recorder.of(base, *names, **attributes)
-
-
-def in_new_thread(function):
-    """Run `function` in a new, real thread and return what it returns, or raise what it raises; only this greenlet waits."""
-    outcome = []
-    done = plain_lock()
-    done.acquire()
-
-    def life():
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-        finally:
-            done.release()
-
-    start_thread(life, ())
-    assert in_thread(done.acquire, True, 20)
-    result, error = outcome.pop()
-    if error is not None:
-        raise error
-    return result
 
 
 # ---- what it is

@@ -63,7 +63,6 @@ def narrow(server_of, peer, recorder):
     def make(*names, base=Narrow, **attributes):
         server = server_of(recorder.of(base, *names, **attributes))
         one = peer(server, rcvbuf=ROOM // 2)
-        one.socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         return only(server), one
 
     return make
@@ -331,27 +330,6 @@ def test_write_at_one_byte_under_the_limit_is_taken_and_at_the_limit_is_not(stuc
     assert unsent(stream) == pending + 2
     assert stream.writes_dropped == 1
     assert one.recv_exactly(FULL + 2)[FULL:] == b"ab"
-
-
-def test_own_callback_waits_for_room_inside_write_and_nothing_is_lost(narrow, recorder):
-    first, second = data_of(FULL, 1), data_of(FULL, 2)
-
-    def on_read(stream, data):
-        stream.write(first)
-        recorder("first")
-        stream.write(second)
-        recorder("second")
-        stream.write(b"!")
-        recorder("third")
-
-    _stream, one = narrow("on_close", on_read=on_read)
-    one.send(b"x")
-    recorder.wait_for("first")
-    turns(20)
-    assert recorder == ["first"]
-    assert one.recv_exactly(2 * FULL + 1) == first + second + b"!"
-    recorder.wait_for("third")
-    assert recorder == ["first", "second", "third"]
 
 
 @pytest.mark.parametrize("callback", ["on_connect", "on_write", "on_end", "on_timeout"])
@@ -1167,19 +1145,6 @@ def test_pause_in_the_last_chunk_before_the_fin_holds_on_end_back(server_of, pee
     stream.resume()
     recorder.wait_for("on_close")
     assert recorder.names() == ["on_connect", "on_read", "on_end", "on_close"]
-
-
-def test_pause_holds_the_peer_up(server_of, peer, recorder):
-    server = server_of(recorder.of(Connection, "on_close"))
-    one = peer(server)
-    stream = only(server)
-    stream.pause()
-    writer = gevent.spawn(one.send, bytes(32 * MIB))
-    # Time must pass here: that nothing happens in it is what is tested.
-    gevent.sleep(0.1)
-    assert not writer.ready()
-    stream.resume()
-    writer.get(timeout=5)
 
 
 def test_pause_posted_callbacks_run_all_the_same(stuck, recorder):

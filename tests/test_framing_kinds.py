@@ -1208,9 +1208,9 @@ def test_long_chunk_over_many_receives_costs_in_proportion_to_its_length(make, f
     """Counted in bytes and not in time: eight times the bytes are eight times the work, not 64 times."""
     monkeypatch.setattr(_inbox, "bytearray", CountedArray, raising=False)
     mib = 1024 * 1024
-    small = work_of_one_chunk(make, front, behind, 8 * mib, 16 * 1024, one_by_one)
-    large = work_of_one_chunk(make, front, behind, 64 * mib, 16 * 1024, one_by_one)
-    assert 8 * mib <= small <= 5 * 8 * mib
+    small = work_of_one_chunk(make, front, behind, 2 * mib, 16 * 1024, one_by_one)
+    large = work_of_one_chunk(make, front, behind, 16 * mib, 16 * 1024, one_by_one)
+    assert 2 * mib <= small <= 5 * 2 * mib
     assert 7 * small <= large <= 9 * small
 
 
@@ -1219,8 +1219,8 @@ def test_work_that_is_quadratic_would_be_counted(monkeypatch):
     monkeypatch.setattr(_inbox, "bytearray", CountedArray, raising=False)
     make = counted_pattern(rb"\r*\n")
     assert make(0).most is None
-    small = work_of_one_chunk(make, b"", b"\n", 1 << 17, 4096, True)
-    large = work_of_one_chunk(make, b"", b"\n", 1 << 20, 4096, True)
+    small = work_of_one_chunk(make, b"", b"\n", 1 << 16, 4096, True)
+    large = work_of_one_chunk(make, b"", b"\n", 1 << 19, 4096, True)
     assert large > 40 * small
 
 

@@ -285,15 +285,15 @@ def seconds_for_line(size, delimiter, one_by_one):
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize("delimiter", DELIMITERS)
 def test_long_line_of_64_mib_in_small_pieces_costs_in_proportion_to_its_length(delimiter, one_by_one):
-    def per_mib(mib):
-        return min(seconds_for_line(mib * MIB, delimiter, one_by_one) for _ in range(2)) / mib
+    def per_mib(mib, times=2):
+        return min(seconds_for_line(mib * MIB, delimiter, one_by_one) for _ in range(times)) / mib
 
     # Where the memory comes fresh from the kernel it costs a millisecond, so what is less proves nothing. Step by step, for if
     # the cost grew with the square of the length 64 MiB would take minutes.
     least = 0.002
     short, middle = per_mib(1), per_mib(4)
     assert middle < 3 * max(short, least)
-    assert per_mib(64) < 3 * max(middle, least)
+    assert per_mib(64, times=1) < 3 * max(middle, least)
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -434,9 +434,9 @@ def test_idle_two_hundred_peers_use_no_cpu(serving, peers):
     assert idle.line() == {"answered": 200}
     before = serving.ask("cpu")
     # Time must pass here: that nothing happens in it is what is tested.
-    gevent.sleep(1.0)
+    gevent.sleep(0.5)
     after = serving.ask("cpu")
-    assert after["cpu"] - before["cpu"] < 0.05
+    assert after["cpu"] - before["cpu"] < 0.03
     assert after["wakeups"] - before["wakeups"] < 20
 
 

@@ -225,21 +225,6 @@ def test_s4_16_line_oriented_prints_lines_without_their_ends(run):
     assert child.error_output() == ""
 
 
-def test_s3_10_without_listen_start_blocks_at_rest():
-    program = """
-import time
-from pants_green import Engine, Server, Stream
-server = Server(ConnectionClass=Stream)
-Engine.instance().defer(0.5, Engine.instance().stop)
-began = time.process_time()
-Engine.instance().start()
-print("busy for", time.process_time() - began)
-"""
-    with Child("-c", program) as child:
-        assert float(child.expect(r"busy for (\S+)")[1]) < 0.1
-        assert child.end() == 0
-
-
 def test_s3_11_without_start_the_program_ends_and_nobody_is_served():
     program = """
 from pants_green import Server, Stream

@@ -30,7 +30,6 @@ from pants_green import (
     ReconnectingClient,
     engine,
 )
-from pants_green._address import Address
 from pants_green._stream_state import COLD, StreamState
 from pants_green.channel import Channel
 from pants_green.client import MANY
@@ -120,21 +119,6 @@ def full(listening_peer):
     yield listener.address
     for one in waiting:
         one.close()
-
-
-@pytest.fixture
-def names(monkeypatch):
-    """Return a dictionary of names and the hosts that they have; a value may be a function that returns them."""
-    known = {}
-
-    def resolve(address):
-        if not address.needs_lookup:
-            return [address]
-        found = known[address.sockaddr[0]]
-        return [Address(socket.AF_INET, (host, address.sockaddr[1]), False) for host in (found() if callable(found) else found)]
-
-    monkeypatch.setattr("pants_green._sockets.resolve", resolve)
-    return known
 
 
 def times(recorder, name):

@@ -127,16 +127,6 @@ def test_stream_knows_both_addresses(server_of, peer):
     assert stream.close_reason is None
 
 
-def test_remote_address_can_be_replaced_and_restored(server_of, peer):
-    server = server_of(Echo)
-    one = peer(server)
-    stream = only(server)
-    stream.remote_address = ("192.0.2.1", 5)
-    assert stream.remote_address == ("192.0.2.1", 5)
-    del stream.remote_address
-    assert stream.remote_address == one.address
-
-
 def test_e1_23_nodelay_and_keepalive_are_on_at_both_ends(server_of, recorder):
     server = server_of(Stream)
     client = recorder.of(Client)().connect(server.local_address)
@@ -164,43 +154,6 @@ def test_stream_callbacks_may_block_and_others_go_on(server_of, peer):
     assert quick.recv_exactly(5) == b"quick"
     gate.set()
     assert slow.recv_exactly(4) == b"wait"
-
-
-def test_stream_callbacks_of_one_connection_never_overlap(server_of, peer):
-    running = []
-    overlaps = []
-
-    class Slow(Connection):
-        read_delimiter = b"\n"
-
-        def on_read(self, line):
-            overlaps.extend(running)
-            running.append(line)
-            gevent.sleep(0)
-            self.write(line + b"\n", flush=True)
-            gevent.sleep(0)
-            running.remove(line)
-
-        def on_write(self):
-            overlaps.extend(running)
-
-    one = peer(server_of(Slow))
-    one.send(b"a\nb\nc\n")
-    assert one.recv_exactly(6) == b"a\nb\nc\n"
-    assert overlaps == []
-
-
-def test_what_was_written_goes_out_while_the_callback_blocks(server_of, peer):
-    gate = Event()
-
-    class Prompt(Connection):
-        def on_connect(self):
-            self.write(b"password: ")
-            gate.wait()
-
-    one = peer(server_of(Prompt))
-    assert one.recv_exactly(10) == b"password: "
-    gate.set()
 
 
 # ---- Reading: delimiters
@@ -964,23 +917,6 @@ def test_s4_4_on_write_comes_once_when_everything_is_written(server_of, peer, re
         assert recorder == ["on_write"] * number
 
 
-def test_on_write_waits_until_a_slow_peer_has_taken_everything(server_of, peer, recorder):
-    class Noting(Connection):
-        def on_write(self):
-            recorder("on_write", unsent(self))
-            self.end()
-
-    server = server_of(Noting)
-    one = peer(server, rcvbuf=4096)
-    stream = only(server)
-    stream.write(bytes(BIG))
-    until(lambda: 0 < unsent(stream) < BIG)
-    turns(50)
-    assert recorder == []
-    assert one.recv_all() == bytes(BIG)
-    assert recorder == [("on_write", 0)]
-
-
 @pytest.mark.parametrize("flush", [False, True], ids=["queued", "flushed"])
 def test_e1_8_write_in_on_write_gives_another_on_write_and_no_recursion(server_of, peer, flush):
     class Counting(Connection):
@@ -1024,11 +960,11 @@ def test_on_write_comes_after_the_callback_that_wrote(server_of, peer, recorder)
 
 
 def send_until_it_stalls(one, piece):
-    """Send without reading until the other side takes no more for a second; return how many bytes went."""
+    """Send without reading until the other side takes no more for 0.3 seconds; return how many bytes went."""
 
     def send():
         sent = 0
-        one.socket.settimeout(1)
+        one.socket.settimeout(0.3)
         try:
             while sent < 256 * MIB:
                 sent += one.socket.send(piece)

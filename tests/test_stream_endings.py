@@ -415,22 +415,6 @@ def test_killed_from_another_greenlet_by_its_peer(server_of, peer, recorder, sit
     assert_a_life(recorder.names())
 
 
-@pytest.mark.parametrize("first", [*ENDERS, "write_eof"])
-@pytest.mark.parametrize("second", ENDERS)
-def test_ended_twice_closes_once(server_of, peer, recorder, first, second):
-    server = server_of(recorder.of(Stream))
-    one = peer(server)
-    stream = only(server)
-    getattr(stream, first)()
-    getattr(stream, second)()
-    getattr(stream, second)()
-    one.close()
-    recorder.wait_for("on_close")
-    turns()
-    assert recorder.names() == ["on_connect", "on_close"]
-    assert stream.closed
-
-
 def test_e1_1_one_channel_may_close_another_that_has_input_in_the_same_turn(server_of, peer, recorder):
     """Both have an event in the same turn of the hub, and either closes the other; the engine goes on."""
 

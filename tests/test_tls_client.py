@@ -62,9 +62,6 @@ class Listener:
 
     def accept(self):
         peer = self._peer.accept()
-        if peer.socket.family != socket.AF_UNIX:
-            # Else each small segment waits for the acknowledgement of the one before, 40 ms.
-            peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.accepted.append(peer)
         return peer
 

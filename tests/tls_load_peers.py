@@ -333,7 +333,7 @@ def push(authority, port, limit, more):
         unsent = unsent[count:]
         sent += count
 
-    while sent < limit and poll.poll(500):
+    while sent < limit and poll.poll(250):
         send()
     say(sent=sent)
     sys.stdin.readline()

@@ -224,7 +224,6 @@ class TCPServer(Transport):
             socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_RCVBUF, NARROW)
         # In this greenlet, so that nobody has accepted it yet when it speaks.
         socket.connect(address)
-        socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         peer = self._with_tls(peer, first, end, hold, server_side=False) if self.tls else self._plain(peer, first, end, hold)
         stream = self._known(made)
         if narrow:
@@ -246,7 +245,6 @@ class TCPClient(Transport):
         stream = self._dial(stream_class, listener.address)
         peer = listener.accept()
         self._peers.append(peer)
-        peer.socket.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
         peer = self._with_tls(peer, first, end, hold, server_side=True) if self.tls else self._plain(peer, first, end, hold)
         self._standing(stream)
         if narrow:
