@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from pants_green import _sockets
 from pants_green._address import format_address
 from pants_green._lifecycle import NEW
+from pants_green._proxy_tlvs import CRC32C
 from pants_green._settings import Setting
 from pants_green.errors import ChannelStateError, InvalidAddressFormatError, StreamConnectError
-from pants_green.proxy_protocol import CRC32C, ProxyHeader, build, parse
+from pants_green.proxy_protocol import ProxyHeader, build, parse
 
 if TYPE_CHECKING:
     from pants_green.stream import Stream

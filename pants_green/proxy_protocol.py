@@ -10,6 +10,8 @@ A header is received without a byte of what stands behind it like this, by a ``r
     header, end = found
 
 *Source*: "The PROXY protocol, Versions 1 & 2", ``doc/proxy-protocol.txt`` of HAProxy. The sections named below are its own.
+
+What a header says besides the addresses is in ``_proxy_tlvs``.
 """
 
 import os
@@ -21,7 +23,23 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from pants_green._address import AF_UNIX, Address, Sockaddr, format_address, parse_address
-from pants_green.errors import InvalidAddressFormatError, ProxyHeaderError
+from pants_green._proxy_tlvs import (
+    ALPN,
+    AUTHORITY,
+    CRC32C,
+    NETNS,
+    SSL,
+    TLV,
+    UNIQUE_ID,
+    ProxySSL,
+    crc32c_of,
+    first,
+    pack_tlvs,
+    read_ssl,
+    read_tlvs,
+    wrong,
+)
+from pants_green.errors import InvalidAddressFormatError
 
 __all__ = ["ProxyHeader", "ProxySSL", "build", "parse"]
 
@@ -56,108 +74,11 @@ WORDS = Struct("!8H")
 IPV4 = "%d.%d.%d.%d"
 IPV6 = "%x:%x:%x:%x:%x:%x:%x:%x"
 
-#: Types of TLVs; 0x04, NOOP, means nothing. Source: sections 2.2.1 to 2.2.7.
-ALPN, AUTHORITY, CRC32C, UNIQUE_ID, SSL, NETNS = 0x01, 0x02, 0x03, 0x05, 0x20, 0x30
-
-#: The texts inside the TLV for SSL, and their encoding. The certificate, 0x28, is bytes.
-CN = 0x22
-SSL_ENCODINGS = {0x21: "ascii", CN: "utf-8", 0x23: "ascii", 0x24: "ascii", 0x25: "ascii", 0x26: "ascii", 0x27: "ascii"}
-
-#: Bytes of the longest unique_id. Source: section 2.2.5.
-LONGEST_ID = 128
-
 OCTETS = frozenset(b"%d" % number for number in range(256))
 GROUP = re.compile(rb"[0-9A-Fa-f]{1,4}")
 PORT = re.compile(rb"0|[1-9][0-9]{0,4}")
 ZEROS = re.compile(r"\b0(?::0)+\b")
 LONE = re.compile(rb"\r|\n")
-
-TLV = tuple[int, bytes]
-
-
-class ProxySSL(NamedTuple):
-    """What a proxy says of the TLS that a client spoke to it.
-
-    Attributes:
-        client: the flags; `tls`, `certificate_on_connection` and `certificate_in_session` tell them apart.
-        verify: 0 if the certificate of the client was found good, or if there was none; see `verified`.
-        tlvs: ``(type, value)`` of everything else, in order.
-
-    *Source*: section 2.2.6.
-    """
-
-    client: int
-    verify: int
-    tlvs: tuple[TLV, ...] = ()
-
-    @property
-    def tls(self) -> bool:
-        """Whether the client spoke TLS."""
-        return bool(self.client & 1)
-
-    @property
-    def certificate_on_connection(self) -> bool:
-        """Whether the client showed a certificate on this connection."""
-        return bool(self.client & 2)
-
-    @property
-    def certificate_in_session(self) -> bool:
-        """Whether the client showed a certificate at least once in the TLS session to which this connection belongs."""
-        return bool(self.client & 4)
-
-    @property
-    def verified(self) -> bool:
-        """Whether the client showed a certificate and it was found good. `verify` alone is 0 without a certificate, too."""
-        return not self.verify and bool(self.client & 6)
-
-    @property
-    def version(self) -> str | None:
-        """The version of TLS, such as ``"TLSv1.3"``."""
-        return self._text(0x21)
-
-    @property
-    def cn(self) -> str | None:
-        """The common name of the client's certificate; bytes in it that are not UTF-8 are there as with "surrogateescape"."""
-        return self._text(CN)
-
-    @property
-    def cipher(self) -> str | None:
-        """The cipher, such as ``"ECDHE-RSA-AES128-GCM-SHA256"``."""
-        return self._text(0x23)
-
-    @property
-    def sig_alg(self) -> str | None:
-        """How the proxy's certificate was signed, such as ``"RSA-SHA256"``."""
-        return self._text(0x24)
-
-    @property
-    def key_alg(self) -> str | None:
-        """The kind of key of the proxy's certificate, such as ``"RSA2048"``."""
-        return self._text(0x25)
-
-    @property
-    def group(self) -> str | None:
-        """The group of the key exchange, such as ``"X25519"``."""
-        return self._text(0x26)
-
-    @property
-    def sig_scheme(self) -> str | None:
-        """The signature scheme of the handshake."""
-        return self._text(0x27)
-
-    @property
-    def certificate(self) -> bytes | None:
-        """The client's certificate, in DER."""
-        return _first(self.tlvs, 0x28)
-
-    def _text(self, kind: int) -> str | None:
-        value = _first(self.tlvs, kind)
-        return None if value is None else _ssl_text(kind, value)
-
-    def __repr__(self) -> str:
-        certificate = "verified" if self.verified else "not verified" if self.client & 6 else "none"
-        said = "".join(f" {name}={getattr(self, name)!r:.80}" for name in ("version", "cipher", "cn") if getattr(self, name) is not None)
-        return f"<ProxySSL tls={self.tls} certificate={certificate}{said}>"
 
 
 class ProxyHeader(NamedTuple):
@@ -186,41 +107,41 @@ class ProxyHeader(NamedTuple):
     @property
     def alpn(self) -> bytes | None:
         """The protocol that the client and the proxy agreed upon, such as ``b"h2"``."""
-        return _first(self.tlvs, ALPN)
+        return first(self.tlvs, ALPN)
 
     @property
     def authority(self) -> str | None:
         """The host name that the client asked for: in TLS, its SNI."""
-        value = _first(self.tlvs, AUTHORITY)
+        value = first(self.tlvs, AUTHORITY)
         return None if value is None else value.decode()
 
     @property
     def crc32c(self) -> int | None:
         """The checksum that came with the header, and was right."""
-        value = _first(self.tlvs, CRC32C)
+        value = first(self.tlvs, CRC32C)
         return None if value is None else int.from_bytes(value, "big")
 
     @property
     def unique_id(self) -> bytes | None:
         """What the proxy calls this connection; at most 128 bytes."""
-        return _first(self.tlvs, UNIQUE_ID)
+        return first(self.tlvs, UNIQUE_ID)
 
     @property
     def ssl(self) -> ProxySSL | None:
         """The TLS that the client spoke to the proxy."""
-        value = _first(self.tlvs, SSL)
-        return None if value is None else _read_ssl(value)
+        value = first(self.tlvs, SSL)
+        return None if value is None else read_ssl(value)
 
     @property
     def netns(self) -> str | None:
         """The name of the network namespace of the proxy."""
-        value = _first(self.tlvs, NETNS)
+        value = first(self.tlvs, NETNS)
         return None if value is None else value.decode("ascii")
 
     def __repr__(self) -> str:
         # Fit for a log: one line, of limited length, whatever the client has put into it.
         ends = "local" if self.local else f"{_shown(self.source)} -> {_shown(self.destination)}"
-        known = {"alpn": _first(self.tlvs, ALPN), "authority": _first(self.tlvs, AUTHORITY), "unique_id": _first(self.tlvs, UNIQUE_ID)}
+        known = {"alpn": first(self.tlvs, ALPN), "authority": first(self.tlvs, AUTHORITY), "unique_id": first(self.tlvs, UNIQUE_ID)}
         said = "".join(f" {name}={value[:64]!r}" for name, value in known.items() if value is not None)
         more = len(self.tlvs) - sum(value is not None for value in known.values())
         return f"<ProxyHeader v{self.version} {ends}{said}{f' and {more} more' if more else ''}>"
@@ -259,7 +180,7 @@ def parse(
     if data[0] == 0x0D and 2 in versions:
         return _parse_block(data, max_length)
     starts = {1: "b'PROXY ' of version 1", 2: "the signature of version 2"}
-    raise _wrong(data, 0, " or ".join(starts[version] for version in sorted(set(versions))))
+    raise wrong(data, 0, " or ".join(starts[version] for version in sorted(set(versions))))
 
 
 def _view(data: Any) -> memoryview:
@@ -267,12 +188,6 @@ def _view(data: Any) -> memoryview:
         return memoryview(data).cast("B")
     except TypeError:
         raise TypeError(f"parse() takes bytes, not {type(data).__name__}") from None
-
-
-def _wrong(data: bytes | bytearray | memoryview, at: int, expected: str) -> ProxyHeaderError:
-    begin = max(0, at - 40)
-    shown = bytes(data[begin : at + 16])
-    return ProxyHeaderError(f"no PROXY header: expected {expected} at byte {at} of {'...' if begin else ''}{shown!r}", at)
 
 
 # ---- version 1: a line of text. Source: section 2.1.
@@ -287,7 +202,7 @@ def _parse_line(data: bytes | bytearray | memoryview) -> tuple[ProxyHeader, int]
     if not text.startswith(b"PROXY "):
         same = _agreement(text, b"PROXY ")
         if ended or same < len(text):
-            raise _wrong(line, same, "b'PROXY '")
+            raise wrong(line, same, "b'PROXY '")
         return SHORTEST_LINE[b"UNKNOWN"] - len(line)
     word, space, rest = text[6:].partition(b" ")
     found: ProxyHeader | int
@@ -296,12 +211,12 @@ def _parse_line(data: bytes | bytearray | memoryview) -> tuple[ProxyHeader, int]
     elif word == b"UNKNOWN":
         # Whatever else stands there is ignored. Not so a lone CR or LF: a line that ends in one would swallow what is behind it.
         if lone := LONE.search(rest):
-            raise _wrong(line, len(text) - len(rest) + lone.start(), "no CR or LF but CRLF")
+            raise wrong(line, len(text) - len(rest) + lone.start(), "no CR or LF but CRLF")
         found = ProxyHeader(1, True, socket.AF_UNSPEC, None, None)
     else:
         same = max(_agreement(word, one) for one in SHORTEST_LINE)
         if ended or space or same < len(word):
-            raise _wrong(line, 6 + same, "TCP4, TCP6 or UNKNOWN, and one space")
+            raise wrong(line, 6 + same, "TCP4, TCP6 or UNKNOWN, and one space")
         return min(size for one, size in SHORTEST_LINE.items() if one.startswith(word)) - len(line)
     if isinstance(found, int):
         missing = found + 2
@@ -310,7 +225,7 @@ def _parse_line(data: bytes | bytearray | memoryview) -> tuple[ProxyHeader, int]
     else:
         missing = 1 if ended else 2
     if len(line) + missing > LONGEST_LINE:
-        raise _wrong(line, LONGEST_LINE - 2, f"CRLF, for a line has no more than {LONGEST_LINE} bytes,")
+        raise wrong(line, LONGEST_LINE - 2, f"CRLF, for a line has no more than {LONGEST_LINE} bytes,")
     return missing
 
 
@@ -321,16 +236,16 @@ def _parse_fields(line: bytes, word: bytes, fields: list[bytes], ended: bool) ->
     missing = 0
     for number, field in enumerate(fields):
         if number == len(expected):
-            raise _wrong(line, at - 1, "CRLF")
+            raise wrong(line, at - 1, "CRLF")
         look, _, what = expected[number]
         missing = look(field)
         if missing and (missing < 0 or ended or number + 1 < len(fields)):
             good = next((size for size in range(len(field)) if look(field[: size + 1]) < 0), len(field))
-            raise _wrong(line, at + good, what)
+            raise wrong(line, at + good, what)
         at += len(field) + 1
     later = expected[len(fields) :]
     if later and ended:
-        raise _wrong(line, at - 1, f"one space and {later[0][2]}")
+        raise wrong(line, at - 1, f"one space and {later[0][2]}")
     if later or missing:
         return missing + sum(1 + least for _, least, _ in later)
     one, other = int(fields[2]), int(fields[3])
@@ -432,22 +347,22 @@ def _host6(words: tuple[int, ...], mixed: bool = True) -> str:
 def _parse_block(data: bytes | bytearray | memoryview, max_length: int) -> tuple[ProxyHeader, int] | int:
     fixed = bytes(data[:FIXED])
     if not SIGNATURE.startswith(fixed[:12]):
-        raise _wrong(fixed, _agreement(fixed, SIGNATURE), f"the signature of version 2, {SIGNATURE!r},")
+        raise wrong(fixed, _agreement(fixed, SIGNATURE), f"the signature of version 2, {SIGNATURE!r},")
     if fixed[12:13] not in (b"", LOCAL, PROXY):
-        raise _wrong(fixed, 12, "version 2 with LOCAL or PROXY, 0x20 or 0x21,")
+        raise wrong(fixed, 12, "version 2 with LOCAL or PROXY, 0x20 or 0x21,")
     proxied = fixed[12:13] == PROXY
     # LOCAL is accepted with any family: it is ignored, as all that follows is.
     family, transport = divmod(fixed[13], 16) if proxied and len(fixed) > 13 else (0, 0)
     if family > UNIX or transport > 2:
-        raise _wrong(fixed, 13, "a family from 0 to 3 and a transport from 0 to 2, such as 0x11 for TCP over IPv4,")
+        raise wrong(fixed, 13, "a family from 0 to 3 and a transport from 0 to 2, such as 0x11 for TCP over IPv4,")
     length = int.from_bytes(fixed[14:].ljust(2, b"\0"), "big")  # what is there of it: it can only grow
     if length > max_length:
-        raise _wrong(fixed, 14, f"a length of no more than {max_length} bytes")
+        raise wrong(fixed, 14, f"a length of no more than {max_length} bytes")
     size = ADDRESSES.get(family, 0) if transport else 0
     if len(fixed) < FIXED:
         return FIXED + max(length, size) - len(fixed)
     if length < size:
-        raise _wrong(fixed, 14, f"a length of at least {size} bytes, those of the addresses,")
+        raise wrong(fixed, 14, f"a length of at least {size} bytes, those of the addresses,")
     end = FIXED + length
     if len(data) < end:
         return end - len(data)
@@ -455,7 +370,7 @@ def _parse_block(data: bytes | bytearray | memoryview, max_length: int) -> tuple
         # Of LOCAL the whole block is to be discarded. Where the transport is unknown, so is where the TLVs begin.
         return ProxyHeader(2, True, socket.AF_UNSPEC, None, None), end
     block = bytes(data[:end])
-    tlvs = _read_tlvs(block, FIXED + size)
+    tlvs = read_tlvs(block, FIXED + size)
     if not family:
         # No address: the real one may be used (section 2.2), and HAProxy puts TLVs behind it.
         return ProxyHeader(2, True, socket.AF_UNSPEC, None, None, tlvs), end
@@ -479,98 +394,8 @@ def _path(padded: bytes) -> str | bytes:
     return os.fsdecode(padded.partition(b"\0")[0])
 
 
-# ---- TLVs: a type, a length of two bytes, a value
-
-
-def _read_tlvs(block: bytes, at: int) -> tuple[TLV, ...]:
-    """Return the TLVs of a whole header, checked."""
-    found, end = _split(block, at)
-    if end != len(block):
-        raise _wrong(block, end, "a TLV that ends where the header does, or earlier,")
-    checksum = 0
-    for at, kind, value in found:
-        try:
-            _check(kind, value)
-        except ValueError as error:
-            raise _wrong(block, at, str(error)) from None
-        if kind == CRC32C:
-            if checksum:
-                raise _wrong(block, at, "no second CRC32C")
-            checksum = at + 3
-    if checksum:
-        right = crc32c_of(block[:checksum] + bytes(4) + block[checksum + 4 :])
-        if right != int.from_bytes(block[checksum : checksum + 4], "big"):
-            raise _wrong(block, checksum, f"the CRC32C {right:#010x}")
-    return tuple((kind, value) for _, kind, value in found)
-
-
-def _split(data: bytes, at: int) -> tuple[list[tuple[int, int, bytes]], int]:
-    """Cut ``data[at:]`` into TLVs: where each begins, its type and its value; and where the last whole one ends."""
-    found = []
-    while at + 3 <= len(data):
-        end = at + 3 + int.from_bytes(data[at + 1 : at + 3], "big")
-        if end > len(data):
-            break
-        found.append((at, data[at], data[at + 3 : end]))
-        at = end
-    return found, at
-
-
-def _check(kind: int, value: bytes) -> None:
-    """Raise ValueError, which says what is expected, for a TLV that a property could not read."""
-    if kind == CRC32C and len(value) != 4:
-        raise ValueError("a CRC32C of 4 bytes")
-    if kind == UNIQUE_ID and len(value) > LONGEST_ID:
-        raise ValueError(f"a unique_id of at most {LONGEST_ID} bytes")
-    try:
-        if kind in (AUTHORITY, NETNS):
-            value.decode("utf-8" if kind == AUTHORITY else "ascii")
-        elif kind == SSL:
-            for inner, text in _read_ssl(value).tlvs:
-                _ssl_text(inner, text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text in {error.encoding} in the TLV of type {kind:#04x}") from None
-
-
-def _read_ssl(value: bytes) -> ProxySSL:
-    found, end = _split(value, 5)
-    if end != len(value):
-        raise ValueError("an SSL TLV of 5 bytes and whole TLVs")
-    return ProxySSL(value[0], int.from_bytes(value[1:5], "big"), tuple((kind, inner) for _, kind, inner in found))
-
-
-def _ssl_text(kind: int, value: bytes) -> str:
-    # HAProxy hands a CN on as it is in the certificate, and in an old one (T61String) that is Latin-1: the client is no worse for it.
-    return value.decode(SSL_ENCODINGS.get(kind, "latin-1"), "surrogateescape" if kind == CN else "strict")
-
-
-def _first(tlvs: tuple[TLV, ...], kind: int) -> bytes | None:
-    return next((value for one, value in tlvs if one == kind), None)
-
-
 def _shown(address: Sockaddr | None) -> str:
     return format_address(address) if isinstance(address, tuple) else repr(format_address(address))
-
-
-def _crc_of_byte(crc: int) -> int:
-    for _ in range(8):
-        crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc
-
-
-CRC_TABLE = tuple(map(_crc_of_byte, range(256)))
-
-
-def crc32c_of(data: bytes) -> int:
-    """Return the CRC32C (Castagnoli) of `data`.
-
-    *Source*: RFC 4960, appendix B, which section 2.2.3 names: the polynomial 0x1EDC6F41, here with its bits in reverse, and a table
-    for each byte (D. V. Sarwate, "Computation of Cyclic Redundancy Checks via Table Look-Up", 1988).
-    """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
 
 
 # ---- building
@@ -607,7 +432,7 @@ def build(
     if (source is None) != (destination is None):
         raise InvalidAddressFormatError(f"give both addresses, or None for both, not {source!r} and {destination!r}")
     ends = None if source is None else _pack_addresses(source, destination)
-    packed = _pack_tlvs(tlvs, alpn, authority, unique_id)
+    packed = pack_tlvs(tlvs, alpn, authority, unique_id)
     if version == 1:
         if packed or crc32c:
             raise ValueError("version 1 of the PROXY protocol has no TLVs; use version 2")
@@ -670,30 +495,3 @@ def _pack_ip(address: Any, parsed: Address) -> tuple[int, bytes, int]:
     if parsed.family == socket.AF_INET:
         return INET, IPv4Address(host).packed, port
     return INET6, IPv6Address(host).packed, port
-
-
-def _pack_tlvs(tlvs: Iterable[TLV], alpn: Any, authority: Any, unique_id: Any) -> bytes:
-    if authority is not None:
-        if not isinstance(authority, str):
-            raise TypeError(f"authority is a host name, a str, not {authority!r:.100}")
-        authority = authority.encode()
-    named = [(kind, value) for kind, value in ((ALPN, alpn), (AUTHORITY, authority), (UNIQUE_ID, unique_id)) if value is not None]
-    packed = []
-    for kind, value in (*named, *tlvs):
-        if isinstance(kind, bool) or not isinstance(kind, int):
-            raise TypeError(f"the type of a TLV is an int, not {kind!r:.100}")
-        if not 0 <= kind <= 0xFF:
-            raise ValueError(f"the type of a TLV is from 0 to 255, not {kind}")
-        if not isinstance(value, (bytes, bytearray, memoryview)):
-            raise TypeError(f"the value of the TLV of type {kind:#04x} is bytes, not {value!r:.100}")
-        value = bytes(value)
-        if kind == CRC32C:
-            raise ValueError("the checksum is added by crc32c=True and cannot be given")
-        if len(value) > 0xFFFF:
-            raise ValueError(f"the TLV of type {kind:#04x} has {len(value)} bytes; 65535 are the most")
-        try:
-            _check(kind, value)
-        except ValueError as error:
-            raise ValueError(f"no receiver could read {value!r:.100}; expected {error}") from None
-        packed.append(bytes((kind,)) + len(value).to_bytes(2, "big") + value)
-    return b"".join(packed)

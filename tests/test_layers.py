@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(pants_green.__file__).parent
 FLOORS = [
     {"errors": ""},
     # Pure: no socket, clock, greenlet or logger. _address and proxy_protocol take constants from socket, and paths by os.
-    {"framing": "", "_outbox": "", "_lifecycle": "", "_timers": "", "_settings": "", "_address": "os socket"},
+    {"framing": "", "_outbox": "", "_lifecycle": "", "_timers": "", "_settings": "", "_address": "os socket", "_proxy_tlvs": ""},
     {"_inbox": "", "_delimiters": "", "proxy_protocol": "os socket"},
     {"_cutting": ""},
     {"_socket_file": "fcntl gevent os socket"},
@@ -63,7 +63,8 @@ HARMLESS = {
 }
 
 PURE = {
-    *("errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address", "proxy_protocol"),
+    *("errors", "framing", "_inbox", "_delimiters", "_outbox", "_lifecycle", "_timers", "_settings", "_address"),
+    *("proxy_protocol", "_proxy_tlvs"),
     *("_buckets", "_networks"),
     "testing._fragments",
 }

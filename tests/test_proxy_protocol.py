@@ -15,8 +15,9 @@ from proxyprotocol.tlv import ProxyProtocolSSLTLV, ProxyProtocolTLV
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
+from pants_green._proxy_tlvs import crc32c_of
 from pants_green.errors import InvalidAddressFormatError, PantsError, ProxyHeaderError
-from pants_green.proxy_protocol import ProxyHeader, ProxySSL, build, crc32c_of, parse
+from pants_green.proxy_protocol import ProxyHeader, ProxySSL, build, parse
 from pants_green.testing import fragmentations
 
 SIGNATURE = bytes.fromhex("0D0A0D0A000D0A515549540A")
