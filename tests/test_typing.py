@@ -95,6 +95,28 @@ PROGRAMS = {
             def on_write(self) -> None: ...
             def on_error(self, exception: BaseException) -> None: ...
     """,
+    "callbacks_about_the_end": """
+        class A(Connection):
+            def on_stopping(self, deadline: float) -> None:
+                reveal_type(self.stopping)  # bool
+
+        class B(Connection):
+            def on_stopping(self) -> None: ...  # error: override
+    """,
+    "packets": """
+        class A(Datagram):
+            def on_read(self, data: bytes) -> None:
+                self.write(data)
+                self.write("text", ("localhost", 7))
+
+        class B(Datagram[int, int]):
+            read_delimiter = Struct("!BH")
+
+            def on_read(self, kind: int, size: int) -> None: ...
+
+        class C(Datagram):
+            def on_read(self, data: int) -> None: ...  # error: override
+    """,
     "read_of_bytes": """
         class A(Stream):
             def on_connect(self) -> None:
@@ -192,7 +214,7 @@ import re
 from struct import Struct
 from typing import Any
 
-from pants_green import Client, Connection, Server, Stream
+from pants_green import Client, Connection, Datagram, Server, Stream
 from pants_green.framing import Framer, LengthPrefix, Netstring
 
 
