@@ -4,6 +4,7 @@ Nothing is resolved here and no socket is made: that is the business of ``_socke
 """
 
 import os
+import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ AF_UNIX = getattr(socket, "AF_UNIX", -1)
 
 #: What an argument is that nobody gave, where None is a mistake.
 NOT_GIVEN: Any = type("NotGiven", (), {"__slots__": (), "__repr__": lambda self: "<not given>"})()
+
+#: What is meant as a port, if it stands where none is understood.
+DIGITS = re.compile("[0-9]{1,5}")
 
 FORMS = "a port, (host, port), (host, port, flowinfo, scope_id) for IPv6, or the path of a Unix socket"
 
@@ -212,10 +216,10 @@ def _parse_path(path: str | bytes) -> Address:
         host, colon, port = text.rpartition(":")
         if _numeric(text) is not None:
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for the IP address {text} give ({text!r}, port)")
-        if not colon and text.isascii() and text.isdigit():
+        if not colon and DIGITS.fullmatch(text):
             hint = f"for a port give the int {int(text)}, and for a file of that name './{text}'"
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; {hint}")
-        if colon and port.isascii() and port.isdigit():
+        if colon and DIGITS.fullmatch(port):
             pair = f"({_bare(host)!r}, {int(port)})"
             raise InvalidAddressFormatError(f"a str alone is the path of a Unix socket; for host and port give {pair}")
     if AF_UNIX == -1:

@@ -48,6 +48,11 @@ class Limits:
         """Stop a limit; no effect if it does not run."""
         self._deadlines.pop(which, None)
 
+    def hold(self, which: str) -> float | None:
+        """Stop a limit and return the seconds that it has left; None if it does not run."""
+        deadline = self._deadlines.pop(which, None)
+        return None if deadline is None else max(0.0, deadline - self._engine._clock())
+
     def runs(self, which: str) -> bool:
         """Tell whether a limit has been started and has not ended."""
         return which in self._deadlines

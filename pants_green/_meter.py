@@ -32,7 +32,21 @@ class Meter:
         listening: whether something that comes would be noticed at once.
     """
 
-    __slots__ = ("_bucket", "_clock", "_engine", "_reader", "_recv", "_send", "_stream", "_timer", "_told", "active", "listening", "raw")
+    __slots__ = (
+        "_bucket",
+        "_clock",
+        "_engine",
+        "_left",
+        "_reader",
+        "_recv",
+        "_send",
+        "_stream",
+        "_timer",
+        "_told",
+        "active",
+        "listening",
+        "raw",
+    )
 
     def __init__(self, stream: "Stream[...]", raw: Ports) -> None:
         self._stream = weakref.ref(stream)  # which has this
@@ -42,6 +56,8 @@ class Meter:
         self._recv, self._send, self._reader, _ = raw
         self._bucket: TokenBucket | None = None
         self._timer: Any = None
+        #: While the peer is held up: seconds that its chunk has left, if that has a limit.
+        self._left: float | None = None
         self.active = self._clock()
         self.listening = False
         self._told = False
@@ -90,22 +106,29 @@ class Meter:
             self._listen(callback, *args)
 
     def _hold_up(self) -> None:
-        """The peer is held up: its chunk may take longer. Have that said, once, but not here, for a log handler may wait."""
+        """The peer is held up: the time of its chunk stands still. Have that said, once, but not here, for a log handler may wait."""
         stream = self._stream()
         if stream is None:
             return
         if stream._limits is not None:
-            stream._limits.end("read")
+            self._left = stream._limits.hold("read")
         if not self._told:
             self._told = True
             stream._post("_tell_held_up", "read_rate", "bytes")
 
     def _listen_late(self, callback: Callable[..., Any], *args: Any) -> None:
-        """Hub: the peer is held up no more, and its chunk has its whole time from now on."""
+        """Hub: the peer is held up no more."""
         self._listen(callback, *args)
+        self._hold_up_no_more()
+
+    def _hold_up_no_more(self) -> None:
+        """The time of the chunk goes on, unless it has begun anew meanwhile."""
+        left, self._left = self._left, None
         stream = self._stream()
-        if stream is not None:
-            stream._limit_changed("read")
+        if left is None or stream is None or stream._limits is None or not stream._state.connected:
+            return
+        if stream._read_timeout is not None and not stream._limits.runs("read"):
+            stream._limit("read", left)
 
     def _listen(self, callback: Callable[..., Any], *args: Any) -> None:
         self._timer = None
@@ -119,4 +142,5 @@ class Meter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self._hold_up_no_more()
         self._reader.stop()

@@ -46,7 +46,7 @@ class Reports:
             channel: whose limit it is, if not the server's: the record's ``channel``, which also tells its ``peer``.
             event, logger, exc_info: as of other records.
         """
-        teller: Any = channel or self._server_ref()
+        teller: Any = self._server_ref() if channel is None else channel  # which may have a length, and that be 0
         if teller is not None and (level < logging.WARNING or self._may_say(limit, value)):  # a peer that lingers may outlive it
             if channel is None and logger is None:
                 message, args = "%s, %s: " + message, (limit, value, *args)

@@ -3,7 +3,7 @@
 import math
 from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 __all__ = ["Setting", "SettingsType", "byte_count", "duration", "one_of", "patience", "per_second", "positive_count", "seconds", "truth"]
 
@@ -141,8 +141,8 @@ def duration(name: str, value: Any) -> float:
 
 def patience(name: str, value: Any) -> float | None:
     """Check a number of seconds of 0 or more, or None for no limit."""
-    if value is None or (value == 0 and not isinstance(value, bool)):
-        return value
+    if value is None or (type(value) in (int, float) and value == 0):
+        return cast(float | None, value)
     return _more_than_none(name, value, ", or None for no limit", "0 or more")
 
 

@@ -32,12 +32,17 @@ class Stopping:
         engine: the server's.
         deadline: when its connections have to be done, by the engine's clock; infinite if never.
         on_deadline: called in the hub then.
+
+    Attributes:
+        asked: whether the connections have been asked to end.
+        deadline: as above.
     """
 
-    __slots__ = ("_done", "_timer", "deadline")
+    __slots__ = ("_done", "_timer", "asked", "deadline")
 
     def __init__(self, engine: Engine, deadline: float, on_deadline: Callable[[], None]) -> None:
         self._done = Event()
+        self.asked = False
         self.deadline = deadline
         self._timer: Any = None
         if deadline < math.inf:
@@ -176,6 +181,7 @@ class ServerStopping(ServerLimits):
     def _ask_all(self) -> None:
         """Hub: ask every connection to end."""
         if self._state is STOPPING and self._stopping is not None:
+            self._stopping.asked = True
             for stream in self._streams():
                 stream._ask_to_stop(self._stopping.deadline)
 
@@ -199,6 +205,15 @@ class ServerStopping(ServerLimits):
 
     def _time_is_up(self) -> None:
         """Hub: the deadline of ``stop()`` has come."""
+        if self._state is not STOPPING or self._stopping is None:
+            return
+        if self._stopping.asked:
+            self._cut_off()
+        else:  # they have their turn before they are aborted, be it as soon as it may
+            self._ask_all()
+            self._engine._loop.run_callback(self._time_is_up)
+
+    def _cut_off(self) -> None:
         left = self._streams()
         if left or self._active:
             count = max(self._active, len(left))
@@ -207,9 +222,6 @@ class ServerStopping(ServerLimits):
             stream._cut_off()
         self._ended = True
         self._shut(CloseReason.STOPPED)
-
-    def _cut_off(self) -> None:
-        self._time_is_up()
 
     def _tell_stopped(self) -> None:
         """Posted, behind on_close: those who wait in ``stop()`` go on."""

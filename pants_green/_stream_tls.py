@@ -184,7 +184,7 @@ def stand_on(stream: "Stream[...]", tls: Filter) -> None:
     """Put an established filter between a stream and its socket."""
     stream._secure = True
     stream._tls = tls
-    if stream._metered and stream._meter is None:
+    if stream._limited and stream._metered and stream._meter is None:
         put_meter(stream)
     tls.owner = stream
     stream._recv, stream._reader, stream._writer = tls.recv, tls.reader, tls.raw[3]

@@ -135,7 +135,7 @@ class ReconnectingClient(Client[Chunk]):
     #: When the connection at hand was made.
     _stands_since: float | None = None
     #: What was logged since then. It would come again with each attempt.
-    _logged: frozenset[tuple[str, Any]] = frozenset()
+    _logged: frozenset[tuple[str, Any, type]] = frozenset()
 
     @classmethod
     def _settled(cls) -> None:
@@ -316,7 +316,7 @@ class ReconnectingClient(Client[Chunk]):
         """Log, but what each attempt would say again as DEBUG."""
         if logging.DEBUG < level < logging.ERROR:
             self._see_how_long()
-            entry = event, getattr(self._close_error, "errno", None)
+            entry = event, getattr(self._close_error, "errno", None), type(exc_info)  # a callback's timeout is not that of a peer
             if entry in self._logged:
                 level = logging.DEBUG
             self._logged |= {entry}

@@ -691,6 +691,8 @@ class Server(StreamServer):
     def _place(self, stream: Any, state: State) -> None:
         """Keep a stream of ours where it belongs: among the connected, among those that end, or nowhere."""
         if state is OPEN:
+            if stream._key is None:  # it was not accepted, but has dialled
+                stream._key = stream._socket.fileno()
             self.channels[stream._key] = stream
             if self._state is not LISTENING:
                 self._late(stream)

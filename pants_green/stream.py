@@ -257,6 +257,9 @@ class Stream(StreamState[Chunk]):
 
     def _set_out(self, address: Address, source: Address | None, context: contextvars.Context) -> None:
         """Begin to dial."""
+        if not self._limited and (self._metered or self._counted):  # the class has been given limits since this was made
+            measure(self)
+            count(self)
         self._move(CONNECT)
         self._remote = address.sockaddr
         if source is not None:
@@ -319,7 +322,8 @@ class Stream(StreamState[Chunk]):
                 failure = dial(self, address)
                 if self._engine._pollers:
                     self._engine._acted()
-            if self._server is None and self._preface is not None and self._socket is not None:
+            # What was accepted has no context of its own, and no header to send: one look-up less per connection.
+            if self._context is not None and self._preface is not None and self._socket is not None:
                 failure = send_header(self)
             if failure is not None:
                 self._shut(CloseReason.CONNECT_FAILED, failure)

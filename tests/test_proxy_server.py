@@ -1263,6 +1263,16 @@ def test_client_header_that_is_none_is_an_error_at_the_call(wrong, error, text):
         type("Mine", (Client,), {"proxy_header": wrong})
 
 
+def test_client_that_is_made_for_a_server_sends_one_too(dialled, server_of):
+    server = server_of(Connection)
+    client, far = dialled(server=server, proxy_header=V1)
+    assert far.recv_exactly(len(V1)) == V1
+    until(lambda: client.connected)
+    assert server.channels == {client.fileno: client}
+    client.close()
+    assert not server.channels
+
+
 def test_reconnecting_client_sends_one_with_every_connection(dialled, listening_peer, monkeypatch, recorder):
     monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
 

@@ -467,6 +467,18 @@ def test_what_happens_a_second_time_is_logged_as_debug(client_of, recorder, serv
     assert [entry for entry in said() if entry[0] > logging.DEBUG] == [(logging.INFO, "reconnect"), *troubles]
 
 
+def test_callback_that_takes_too_long_is_news_though_the_peer_has_taken_too_long_before(client_of, recorder, server_of, ranges, caplog):
+    def on_connect(client):
+        if times(recorder, "on_connect") == 2:
+            gevent.sleep(10)
+
+    client = client_of(idle_timeout=0.02, callback_timeout=0.02, on_connect=on_connect).connect(server_of().local_address)
+    wait_for(recorder, "on_reconnect", 2)
+    said = [record.getMessage() for record in caplog.records if record.event == "timeout" and record.levelno == logging.WARNING]
+    assert ["idle_timeout" in said[0], "callback_timeout" in said[1], len(said)] == [True, True, 2]
+    client.stop()
+
+
 def test_trouble_of_a_stable_connection_is_news_again(listening_peer, client_of, recorder, ranges, caplog):
     listener = listening_peer()
     client = client_of(read_delimiter=b"\n", read_timeout=0.01, stable_time=60).connect(listener.address)

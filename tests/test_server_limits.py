@@ -929,6 +929,14 @@ def test_reports_of_callbacks_that_took_too_long_are_as_those_of_other_limits(se
     assert messages_of(caplog)[0].endswith("callback_timeout, 0.05: 5 more within 10 seconds, of which nothing was said")
 
 
+def test_reports_of_a_connection_that_has_a_length_name_it(server_with, peer, caplog):
+    kind = type("Empty", (Echo,), {"idle_timeout": 0.05, "__len__": lambda stream: 0})
+    one = peer(server_with(kind))
+    assert one.at_eof()
+    (record,) = records_of(caplog, "timeout")
+    assert record.peer == one.address
+
+
 def test_reports_what_an_override_takes_into_its_own_hands_is_not_said(server_with, peer, caplog, recorder):
     kind = type("Quiet", (Echo,), {"idle_timeout": 0.05, "on_timeout": lambda stream, which: stream.close()})
     assert peer(server_with(kind)).at_eof()

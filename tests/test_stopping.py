@@ -392,7 +392,7 @@ def test_stop_timeout_that_is_no_number_of_seconds_is_a_value_error(server_of, w
     assert server.listening
 
 
-@pytest.mark.parametrize("wrong", [True, False, "5", b"5", [5], 5j])
+@pytest.mark.parametrize("wrong", [True, False, "5", b"5", [5], 5j, 0j])
 def test_stop_timeout_that_is_no_number_is_a_type_error(server_of, wrong):
     server = server_of(Lines)
     with pytest.raises(TypeError, match=r"stop\(\) on .*timeout"):
@@ -713,6 +713,19 @@ def test_stop_at_once_aborts_what_has_not_ended(server_of, peer, recorder):
     server.stop(0)
     assert recorder == [("on_close",), "server closed"]
     assert one.raises_reset()
+
+
+def test_stop_at_once_asks_all_the_same_and_loses_nothing_of_what_is_said_then(server_of, peer, recorder):
+    def on_stopping(connection, deadline):
+        connection.write("goodbye")
+        connection.end()
+
+    server = server_of(recorder.of(Lines, "on_close", on_stopping=on_stopping), server_class=told(recorder))
+    one = peer(server)
+    only(server)
+    server.stop(0)
+    assert one.recv_all() == b"goodbye"
+    assert recorder == [("on_close",), "server closed"]
 
 
 def test_stop_callback_that_blocks_past_the_deadline_loses_its_socket_and_nothing_else(server_of, peer, recorder, caplog):

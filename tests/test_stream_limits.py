@@ -529,6 +529,84 @@ def test_read_rate_a_chunk_that_is_held_up_is_not_overdue(connected, recorder):
     assert recorder[1] == ("on_timeout", "read")
 
 
+@pytest.mark.parametrize("rate", [None, 10000])
+def test_read_rate_switched_off_while_a_chunk_is_held_up_leaves_it_the_time_that_it_had(connected, recorder, rate):
+    stream, one = connected(Lines, "on_timeout", "on_close", read_rate=4, read_timeout=SHORT)
+    one.send(b"y" * 4)
+    until(lambda: stream._waiting and stream._in_chunk())
+    gevent.sleep(SHORT * 1.5)
+    assert recorder == []
+    stream.read_rate = rate
+    recorder.wait_for("on_close")
+    assert recorder[0] == ("on_timeout", "read")
+
+
+def test_read_rate_peer_that_has_itself_held_up_again_and_again_gets_no_more_time_for_its_chunk(connected, recorder):
+    stream, one = connected(Lines, "on_timeout", "on_close", read_rate=100, read_timeout=0.1)
+    until(lambda: stream._waiting)
+    one.send(b"y" * 100)
+    began = time.monotonic()
+    while time.monotonic() - began < 2.0 and not recorder:
+        gevent.sleep(0.06)  # in which there is room for six
+        one.send(b"y" * 6)
+    assert recorder
+    assert time.monotonic() - began < 0.9
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["tcp", "tls"])
+@pytest.mark.parametrize("limits", [{"idle_timeout": SHORT}, {"callback_timeout": SHORT}, {"chunk_rate": 10}], ids=str)
+def test_limits_that_the_class_gets_hold_for_what_has_not_dialled_yet(server_of, recorder, secure, limits):
+    """That is, as other settings do, and for each connection of a client that dials again."""
+    server = server_of(Echo, server_class=tls_server if secure else Server)
+    times = []
+
+    def on_connect(client):
+        if "callback_timeout" in limits:
+            gevent.sleep(10)
+        client.write(b"x")
+
+    def on_read(client, data):
+        times.append(time.monotonic())
+        if "chunk_rate" in limits:
+            client.write(b"x")
+
+    base = recorder.of(ReconnectingClient, "on_close", initial_delay=0.01, max_delay=0.01, on_connect=on_connect, on_read=on_read)
+    client = base(ssl_options=client_context() if secure else None)
+    for name, value in limits.items():
+        setattr(base, name, value)
+    client.connect("localhost", server.local_address[1])
+    if "chunk_rate" in limits:
+        until(lambda: len(times) >= 12)
+        assert times[11] - times[0] > 0.1
+    else:
+        recorder.wait_for(2)
+    client.stop()
+    until(lambda: client.closed)
+
+
+def test_read_rate_that_the_class_gets_before_starttls_leaves_nothing_behind(server_of, peer, recorder):
+    class Upgrading(Lines):
+        def on_read(self, line):
+            type(self).read_rate = 10
+            self.write(b"go\n")
+            self.startSSL(server_context())
+            recorder("begun", self)
+
+    timers = len(Engine.instance()._scheduler)
+    clear = peer(server_of(recorder.of(Upgrading, "on_close")))
+    clear.send(b"STARTTLS\n")
+    recorder.wait_for("begun")
+    assert clear.recv_until(b"\n") == b"go\n"
+    with TLSPeer.over(clear) as one:
+        one.send(b"x" * 100)
+        turns()
+        stream = recorder[0][1]
+        stream.abort()
+    recorder.wait_for("on_close")
+    assert stream._meter is None
+    assert len(Engine.instance()._scheduler) == timers
+
+
 def test_chunk_rate_chunks_that_are_held_up_are_not_overdue(connected, recorder):
     stream, one = connected(Lines, "on_read", "on_timeout", "on_close", chunk_rate=20, read_timeout=0.03)
     one.send(b"a")
