@@ -52,7 +52,28 @@ FLUSH_AT = 16
 # What a thread is, also in a monkey-patched process, where threading's own functions tell greenlets apart.
 _get_ident: Callable[[], int] = monkey.get_original("_thread", "get_ident")
 _instances: Any = monkey.get_original("_thread", "_local")()
+
+
+class _Life:
+    """Lasts as long as a thread, which alone keeps it: the number of one that has ended is soon that of another."""
+
+    __slots__ = ("__weakref__",)
+
+
+def _life_of_this_thread() -> _Life:
+    life: _Life | None = getattr(_instances, "life", None)
+    if life is None:
+        life = _instances.life = _Life()
+    return life
+
+
 _first_instance: "Engine | None" = None
+
+#: Engines whose ``start()`` is at work, the earliest first.
+_running: "list[Engine]" = []
+
+#: Under "engine": that of the next thread that asks for one. Threads without any have handed calls to it already.
+_awaited: "dict[str, Engine]" = {}
 
 
 class Engine:
@@ -73,6 +94,7 @@ class Engine:
         "_forsaken",
         "_from_threads",
         "_hub",
+        "_life",
         "_lingering",
         "_loop",
         "_pollers",
@@ -86,6 +108,7 @@ class Engine:
 
     def __init__(self) -> None:
         self._thread: int | None = None
+        self._life: weakref.ref[_Life] | None = None
         self._hub: Any = None
         self._loop: Any = None
         self._pool: Any = None
@@ -110,8 +133,8 @@ class Engine:
         global _first_instance
         engine: Engine | None = getattr(_instances, "engine", None)
         if engine is None:
-            engine = _instances.engine = Engine()
-            if _first_instance is None:
+            engine = _instances.engine = _awaited.pop("engine", None) or Engine()
+            if _first_instance is None or not _first_instance._thread_lives():
                 _first_instance = engine
         return engine
 
@@ -150,6 +173,7 @@ class Engine:
         keep_alive = self._loop.async_()
         keep_alive.start(_nothing)
         self._runner = getcurrent()
+        _running.append(self)
         self._stopping = False
         # In the hub, and so after what it still has to do about an interrupt: it stops the watcher in whose callback that came.
         self._loop.run_callback(self._repair)
@@ -168,6 +192,7 @@ class Engine:
                 drain.end()
             wake_no_more()
             self._runner = None
+            _running.remove(self)
             self._hub.NOT_ERROR = not_errors
             keep_alive.stop()
             keep_alive.close()
@@ -346,6 +371,7 @@ class Engine:
                 "engine.call_from_thread(function, ...), or use the engine of this thread, Engine.instance()"
             )
         self._thread = ident
+        self._life = weakref.ref(_life_of_this_thread())
         self._hub = gevent.get_hub()
         self._pool = Pool(self._hub, self._escaped)
         self._scheduler = Scheduler(self, self._hub.loop)
@@ -355,6 +381,10 @@ class Engine:
         _register_fork_handler()
         if self._from_threads:
             self._loop.run_callback(self._start_from_threads)
+
+    def _thread_lives(self) -> bool:
+        """Tell whether the thread that this engine belongs to, if it does to any yet, has not ended."""
+        return self._life is None or self._life() is not None
 
     def _timer(self, what: str, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
         self._enter()
@@ -556,6 +586,7 @@ def _after_fork_in_child() -> None:
     engines: Iterable[Engine] = list(_bound)
     for engine in engines:
         engine._after_fork()
+    _running[:] = [engine for engine in _running if engine._thread_lives()]
 
 
 # ---- the engine of the calling thread, as a module
@@ -599,9 +630,12 @@ def cycle(interval: float, function: Callable[..., object], /, *args: Any, **kwa
 def call_from_thread(function: Callable[..., object], /, *args: Any, **kwargs: Any) -> Timer:
     """Run `function` in an engine's thread; see `Engine.call_from_thread`.
 
-    Which one: the calling thread's engine if it has one, else the program's first, which is the main thread's as a rule.
+    Which one: the calling thread's engine if it has one, else the one that runs, the first of them; if none does, the program's
+    first, and that of the next thread that uses one if there is none yet.
     """
-    engine = getattr(_instances, "engine", None) or _first_instance or Engine.instance()
+    engine: Engine | None = getattr(_instances, "engine", None) or next(iter(_running), _first_instance)
+    if engine is None or not engine._thread_lives():
+        engine = _awaited.setdefault("engine", Engine())
     return engine.call_from_thread(function, *args, **kwargs)
 
 

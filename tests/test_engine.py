@@ -997,6 +997,31 @@ def test_call_from_thread_as_function_of_the_module_reaches_the_first_engine():
     assert (code, output, errors) == (0, "True\nsecond\n", "")
 
 
+@pytest.mark.parametrize("before", ["nothing", "an engine that is gone"])
+def test_call_from_thread_before_there_is_an_engine_is_for_the_one_that_comes(before):
+    code, output, errors = run(f"""
+        import sys, threading
+        from pants_green import Client, engine
+
+        def in_thread(function, *args):
+            one = threading.Thread(target=function, args=args)
+            one.start()
+            one.join()
+
+        def use_one_and_leave():
+            engine.callback(int)
+
+        if {before == "nothing"!r}:
+            in_thread(engine.call_from_thread, print, "early")
+        else:
+            in_thread(use_one_and_leave)
+            in_thread(engine.call_from_thread, print, "early")
+        engine.defer(0.02, in_thread, engine.call_from_thread, lambda: (print("late"), engine.stop()))
+        engine.start()
+    """)
+    assert (code, output, errors) == (0, "early\nlate\n", "")
+
+
 def test_run_in_thread_returns_the_result_and_the_others_go_on(own, recorder):
     def blocks(*args, **kwargs):
         assert waits.acquire(True, 20)
