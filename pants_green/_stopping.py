@@ -5,6 +5,7 @@ Listening and accepting are in ``server``. What a connection does about it is it
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -36,14 +37,16 @@ class Stopping:
     Attributes:
         asked: whether the connections have been asked to end.
         deadline: as above.
+        rest: accepted connections that wait until others have ended, for there are `max_connections` already.
     """
 
-    __slots__ = ("_done", "_timer", "asked", "deadline")
+    __slots__ = ("_done", "_timer", "asked", "deadline", "rest")
 
     def __init__(self, engine: Engine, deadline: float, on_deadline: Callable[[], None]) -> None:
         self._done = Event()
         self.asked = False
         self.deadline = deadline
+        self.rest: deque[tuple[Any, ...]] = deque()
         self._timer: Any = None
         if deadline < math.inf:
             self._timer = engine._in_hub_after(max(0.0, deadline - engine._clock()), on_deadline)
@@ -57,10 +60,16 @@ class Stopping:
         self._done.wait()
 
     def cancel(self) -> None:
-        """Forget the deadline."""
+        """Forget the deadline, and those that still wait."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.drop_rest()
+
+    def drop_rest(self) -> None:
+        """Close the connections that wait."""
+        while self.rest:
+            self.rest.popleft()[0].close()
 
 
 class ServerStopping(ServerLimits):
@@ -115,9 +124,9 @@ class ServerStopping(ServerLimits):
     def stop(self, timeout: float | None = 30.0) -> None:
         """Stop gracefully: accept no more, let the connections come to their end, and abort those that have not by then.
 
-        What is in the accept queue of the kernel is still taken, up to `max_connections`, and what its peers have sent already is
-        read. Each connection gets ``on_stopping(deadline)``, which by default ends it after what it has to send; a callback that is
-        running runs on. ``on_close`` of the server comes last.
+        What is in the accept queue of the kernel is still taken (beyond `max_connections` one by one, as others end), and what its
+        peers have sent already is read. Each connection gets ``on_stopping(deadline)``, which by default ends it after what it has
+        to send; a callback that is running runs on. ``on_close`` of the server comes last.
 
         This waits until it is over; but called in a callback of the server, or of one of its connections, or in the hub, it
         returns at once. Repeated calls wait, too, and change nothing. ``close()`` ends it at once.
@@ -187,8 +196,7 @@ class ServerStopping(ServerLimits):
 
     def _accept_rest(self, listener: _sockets.Listener) -> None:
         for _ in range(REST_MOST):
-            most = self._max_connections
-            if self._state is not STOPPING or (most is not None and self._active >= most):
+            if self._state is not STOPPING or self._stopping is None:
                 return
             try:
                 accepted = listener.accept()
@@ -196,11 +204,23 @@ class ServerStopping(ServerLimits):
                 if error.errno in _sockets.ACCEPT_AGAIN:
                     continue
                 return
-            self._engine._run(self._welcome, accepted, self._context)
+            self._stopping.rest.append(accepted)
+            self._welcome_rest()
+
+    def _welcome_rest(self) -> None:
+        """Hub: let those in that were taken from the accept queue, as far as `max_connections` allows."""
+        while self._state is STOPPING and self._stopping is not None and self._stopping.rest:
+            if self._max_connections is not None and self._active >= self._max_connections:
+                return
+            self._engine._run(self._welcome, self._stopping.rest.popleft(), self._context)
 
     def _one_less(self) -> None:
         super()._one_less()
-        if self._state is STOPPING and not self._listeners and not self._active and not self._children():
+        if self._state is not STOPPING or self._stopping is None:
+            return
+        if self._stopping.rest:
+            self._engine._loop.run_callback(self._welcome_rest)
+        elif not self._listeners and not self._active and not self._children():
             self._shut(CloseReason.STOPPED)
 
     def _time_is_up(self) -> None:
@@ -216,7 +236,7 @@ class ServerStopping(ServerLimits):
     def _cut_off(self) -> None:
         left = self._streams()
         if left or self._active:
-            count = max(self._active, len(left))
+            count = max(self._active, len(left)) + len(self._stopping.rest if self._stopping is not None else ())
             self._log(logging.WARNING, "%d connections had not come to their end in time, and were aborted", count, event="stop_timeout")
         for stream in left:
             stream._cut_off()

@@ -514,7 +514,8 @@ class StreamServer(ServerStopping):
         # Several processes take turns on one listener now: one connection at a time spreads them best.
         self._accept_at_once = 1
         super()._after_fork()
-        if self._state is STOPPING:
+        if self._state is STOPPING and self._stopping is not None:
+            self._stopping.drop_rest()
             self._engine._loop.run_callback(self._one_less)  # the connections for which it waited are the parent's
 
     # ---- what it is

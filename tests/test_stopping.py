@@ -907,16 +907,35 @@ def test_listen_while_stopping_is_an_error_and_changes_nothing(server_of, peer, 
     assert server.local_address == address
 
 
-def test_stop_takes_no_more_from_the_accept_queue_than_max_connections_allows(server_of):
-    server = server_of(Lines)
+def test_stop_serves_the_accept_queue_as_max_connections_allows(server_of):
+    most = []
+
+    class Slow(Lines):
+        def on_read(self, line):
+            gevent.sleep(0.01)
+            most.append(len(self.server.channels))
+            super().on_read(line)
+
+    server = server_of(Slow)
+    server.max_connections = 2
+    waiting = [queued(server.local_address, b"hello\n") for _ in range(7)]
+    server.stop()
+    assert [everything_from(sock) for sock in waiting] == [b"hello\n"] * 7
+    assert max(most) <= 2
+
+
+def test_stop_what_waits_for_max_connections_is_closed_at_the_deadline(server_of, caplog):
+    go_on = Event()
+    server = server_of(Lines, on_connect=lambda connection: go_on.wait())
     server.max_connections = 2
     waiting = [queued(server.local_address, b"hello\n") for _ in range(5)]
-    server.stop()
-    served = []
+    server.stop(0.05)
+    assert server.closed
     for sock in waiting:
-        with contextlib.suppress(ConnectionResetError):
-            served.append(everything_from(sock))
-    assert served == [b"hello\n"] * 2
+        with sock, pytest.raises(ConnectionResetError):
+            in_thread(sock.recv, 1)
+    assert "5 connections had not come to their end in time" in caplog.text
+    go_on.set()
 
 
 def test_stop_takes_a_bounded_number_from_the_accept_queue(server_of, monkeypatch):
