@@ -39,7 +39,7 @@ class Drain:
         ChannelStateError: this is not the main thread.
     """
 
-    __slots__ = ("_all_asked", "_asked", "_before", "_deadline", "_engine", "_over", "_timeout", "_timer", "_unseen")
+    __slots__ = ("_all_asked", "_asked", "_before", "_deadline", "_engine", "_hurried", "_over", "_timeout", "_timer", "_unseen")
 
     def __init__(self, engine: "Engine", timeout: float) -> None:
         self._engine = engine
@@ -49,6 +49,8 @@ class Drain:
         #: Channels that were asked, of which something may be left; whether they are all.
         self._asked: list[Channel] = []
         self._all_asked = False
+        #: Whether the peers that linger know that nothing else is left.
+        self._hurried = False
         self._over = False
         #: When the first signal came that the hub has not seen yet.
         self._unseen: float | None = None
@@ -109,7 +111,12 @@ class Drain:
             self._all_asked = True
             self._ask(list(engine._roots))
         left = self._deadline - engine._clock()
-        if self._all_asked and not self._any_left() and not engine._roots and not engine._lingering:
+        over = self._all_asked and not self._any_left() and not engine._roots
+        if over and not self._hurried:
+            self._hurried = True
+            for linger in list(engine._lingering):
+                linger.hurry()
+        if over and not engine._lingering:
             engine.stop()
         elif left <= 0:
             self._cut_off()

@@ -17,6 +17,9 @@ from pants_green.errors import HandshakeTimeout, ProxyHeaderError
 
 __all__ = ["Greeting"]
 
+#: Seconds that a peer has to send anything at all, once the server stops.
+SILENCE_AT_THE_END = 1.0
+
 
 class Greeting:
     """The beginning of one accepted connection.
@@ -26,7 +29,7 @@ class Greeting:
         socket: the accepted socket.
     """
 
-    __slots__ = ("_engine", "_failure", "_greenlet", "_limit", "_ports", "_socket", "_waiting", "_wakeup")
+    __slots__ = ("_engine", "_failure", "_greenlet", "_heard", "_hurry", "_limit", "_ports", "_socket", "_waiting", "_wakeup")
 
     def __init__(self, engine: Engine, socket: Any) -> None:
         self._engine = engine
@@ -35,6 +38,9 @@ class Greeting:
         self._greenlet: Any = getcurrent()
         self._failure: BaseException | None = None
         self._limit: Any = None
+        self._hurry: Any = None
+        #: Whether something has come for which this has waited.
+        self._heard = False
         self._waiting: Any = None
         self._wakeup: Any = None
 
@@ -109,11 +115,24 @@ class Greeting:
             if self._wakeup is not None:
                 self._wakeup.stop()
                 self._wakeup = None
+        self._heard = self._failure is None
 
     def _cancel_limit(self) -> None:
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None
+        if self._hurry is not None:
+            self._hurry.cancel()
+            self._hurry = None
+
+    def hurry(self) -> None:
+        """Hub: the server stops; it does not wait for long for a peer that says nothing."""
+        if self._hurry is None:
+            self._hurry = self._engine._in_hub_after(SILENCE_AT_THE_END, self._cut_if_silent)
+
+    def _cut_if_silent(self) -> None:
+        if not self._heard:
+            self.cut(ConnectionAbortedError(errno.ECONNABORTED, "the server stops, and the peer has said nothing"))
 
     def cut(self, failure: BaseException) -> None:
         """Have what is waited for fail."""

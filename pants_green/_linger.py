@@ -18,6 +18,9 @@ __all__ = ["Linger"]
 #: Seconds without a byte from the peer after which it is let go.
 IDLE_LIMIT = 5.0
 
+#: The same when nothing else keeps the process from its end.
+IDLE_LIMIT_AT_THE_END = 1.0
+
 #: Of so many descriptors that the process may have one is for peers that linger; when there are more the first is let go.
 SHARE = 4
 
@@ -34,7 +37,7 @@ class Linger:
         overdue: called in the hub if that comes.
     """
 
-    __slots__ = ("_deadline", "_engine", "_heard", "_overdue", "_reader", "_recv", "_socket", "_timer", "_writer")
+    __slots__ = ("_deadline", "_engine", "_heard", "_idle_limit", "_overdue", "_reader", "_recv", "_socket", "_timer", "_writer")
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Linger:
         self._writer = writer
         self._overdue = overdue
         self._heard = engine._clock()
+        self._idle_limit = IDLE_LIMIT
         self._deadline = math.inf if limit is None else self._heard + limit
         self._timer: Any = None
 
@@ -63,7 +67,7 @@ class Linger:
         if 0 < most <= len(lingering):
             next(iter(lingering)).close()  # they count for no limit of the server's, and have had their answer as a rule
         lingering[self] = None
-        self._timer = self._engine._in_hub_after(min(IDLE_LIMIT, self._deadline - self._heard), self._check)
+        self._timer = self._engine._in_hub_after(min(self._idle_limit, self._deadline - self._heard), self._check)
         self._reader.start(self._discard)
 
     def _discard(self) -> None:
@@ -82,13 +86,19 @@ class Linger:
     def _check(self) -> None:
         """Hub: an idle limit may be over."""
         now = self._engine._clock()
-        due = min(self._heard + IDLE_LIMIT, self._deadline)
+        due = min(self._heard + self._idle_limit, self._deadline)
         if now >= due:
             if now >= self._deadline and self._overdue is not None:
                 self._overdue()
             self.close()
         else:
             self._timer = self._engine._in_hub_after(due - now, self._check)
+
+    def hurry(self) -> None:
+        """Hub: be content with less silence, for everything else is over."""
+        self._idle_limit = IDLE_LIMIT_AT_THE_END
+        self._timer.cancel()
+        self._check()
 
     def close(self) -> None:
         """Let the peer go now."""

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pants_green._address import format_address
-from pants_green._greeting import Greeting
 from pants_green._lifecycle import LISTENING, STOPPING
 from pants_green._networks import Networks
 from pants_green._reports import Reports
@@ -81,8 +80,7 @@ class ServerProxy(ServerTLS):
             return None
         assert self._proxy_protocol is not None
         versions = VERSIONS[self._proxy_protocol]
-        greeting = Greeting(self._engine, sock)
-        self._greetings.add(greeting)
+        greeting = self._begin_to_greet(sock)
         try:
             read = functools.partial(parse, versions=versions, max_length=self._proxy_header_size)
             header = greeting.read_header(read, self._proxy_timeout)

@@ -11,7 +11,7 @@ from pants_green import _sockets
 from pants_green._address import format_address
 from pants_green._certificates import EXPIRY_WARNING, CertificateWatch
 from pants_green._greeting import Greeting
-from pants_green._lifecycle import CLOSED, LISTENING
+from pants_green._lifecycle import CLOSED, LISTENING, STOPPING
 from pants_green._reports import Reports
 from pants_green._settings import Setting, seconds
 from pants_green._tls import Filter, TLSTruncated
@@ -145,8 +145,7 @@ class ServerTLS(Channel):
         assert options is not None
         sock, remote, local, key = accepted
         soon = self._engine._loop.run_callback
-        greeting = Greeting(self._engine, sock)
-        self._greetings.add(greeting)
+        greeting = self._begin_to_greet(sock)
         try:
             ragged = options.suppress_ragged_eofs
             tls = Filter(options.context, _sockets.ports_of(sock), soon, server_side=True, ragged_ends=ragged)
@@ -163,6 +162,13 @@ class ServerTLS(Channel):
         if self._accept_is_overridden():
             sock = TLSSocket._over(sock, tls, soon)
         return sock, remote, local, key
+
+    def _begin_to_greet(self, sock: Any) -> Greeting:
+        greeting = Greeting(self._engine, sock)
+        self._greetings.add(greeting)
+        if self._state is STOPPING:
+            greeting.hurry()
+        return greeting
 
     def _not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """The handshake failed: it costs that socket and nothing else."""

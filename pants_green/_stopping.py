@@ -193,6 +193,8 @@ class ServerStopping(ServerLimits):
             self._stopping.asked = True
             for stream in self._streams():
                 stream._ask_to_stop(self._stopping.deadline)
+            for greeting in self._greetings:
+                greeting.hurry()
 
     def _accept_rest(self, listener: _sockets.Listener) -> None:
         for _ in range(REST_MOST):

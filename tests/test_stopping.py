@@ -38,6 +38,7 @@ from pants_green import (
     StreamServer,
     UnixServer,
     _drain,
+    _greeting,
     _stopping,
     engine,
 )
@@ -785,6 +786,31 @@ def test_stop_connection_whose_peer_never_begins_is_cut_at_the_deadline(server_o
     assert recorder == ["server closed"]
 
 
+@pytest.mark.parametrize("when", ["before", "in the queue"])
+@pytest.mark.parametrize("waits_for", ["the handshake", "the header"])
+def test_stop_peer_that_says_nothing_is_not_waited_for_long(server_of, peer, recorder, monkeypatch, waits_for, when):
+    monkeypatch.setattr(_greeting, "SILENCE_AT_THE_END", 0.05)
+    server = server_of(Lines)
+    if waits_for == "the handshake":
+        server.startSSL(server_context())
+    else:
+        server.proxy_protocol = "v1"
+    if when == "in the queue":
+        server.suspend()
+    silent, begins = peer(server), peer(server)
+    if when == "before":
+        until(lambda: len(server._greetings) == 2)
+        begins.send(b"\x16" if waits_for == "the handshake" else b"P")
+        until(lambda: any(greeting._heard for greeting in server._greetings))
+    stopper = Stopper(server, None)
+    assert silent.at_eof()
+    if when == "before":
+        gevent.sleep(0.1)
+        assert not stopper.is_back()
+    begins.close()
+    stopper.wait()
+
+
 def test_stop_header_that_comes_later_is_taken_and_the_connection_asked(server_of, peer, recorder):
     server = server_of(recorder.of(Lines, "on_stopping"))
     server.proxy_protocol = "v1"
@@ -1127,6 +1153,15 @@ def test_graceful_end_stops_servers_as_stop_does(handlers, server_of, peer, reco
     assert [one.get() for one in heard] == [b"goodbye", b"hello\ngoodbye"]
     assert recorder == [("asked", True)] * 2 + ["server closed"]
     assert Engine.instance().channels == []
+
+
+def test_graceful_end_is_content_with_less_silence_of_peers_that_linger(handlers, server_of, peer, monkeypatch):
+    monkeypatch.setattr("pants_green._linger.IDLE_LIMIT_AT_THE_END", 0.05)
+    one = peer(server_of(Lines))
+    engine.callback(kill)
+    assert start() < 4  # not 5
+    assert lingering() == 0
+    assert one.at_eof()
 
 
 def test_graceful_end_waits_until_no_socket_lingers(handlers, server_of, peer, recorder):
