@@ -4,7 +4,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from pants_green._settings import seconds
+from pants_green._settings import duration
 from pants_green._tls_options import TLSOptions, expires, stamp
 from pants_green.channel import TLS_LOGGER
 
@@ -33,9 +33,8 @@ class CertificateWatch:
     """
 
     def __init__(self, server: "ServerTLS", call: str, interval: Any, expiry_warning: Any) -> None:
-        for name, value in (("seconds", interval), ("expiry_warning", expiry_warning)):
-            if value is None or seconds(f"{call}: {name}, which cannot be None here", value) is None:
-                raise TypeError(f"{call}: {name} is a number of seconds, not None")
+        duration(f"{call}: seconds", interval)
+        duration(f"{call}: expiry_warning", expiry_warning)
         self._server = server
         self._expiry_warning = expiry_warning
         self._warned: dict[str, float] = {}

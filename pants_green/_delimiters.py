@@ -520,15 +520,18 @@ class Incremental(Splitter):
         return (text, len(data) - len(rest)) if text else None
 
 
-def last_chunk(framer: Framer[Any], rest: bytes) -> Any:
+def last_chunk(framer: Framer[Any], rest: bytes, delimiter: Any) -> Any:
     """Return what the bytes behind the last complete chunk are if nothing can come after them: a chunk, too.
+
+    Args:
+        delimiter: the `read_delimiter` of which `framer` was made, for the error.
 
     Raises:
         ValueError: chunks do not end in a delimiter, and these bytes are not enough for one.
     """
     inner = framer.framer if isinstance(framer, Text) else framer
     if not isinstance(inner, (Delimited, Searched)):
-        raise ValueError(f"{len(rest)} bytes are left over at the end, of which {framer!r} makes no chunk: {rest!r:.100}")
+        raise ValueError(f"{len(rest)} bytes are left over, of which the read_delimiter, {delimiter!r}, makes no chunk: {rest!r:.100}")
     return framer.decode(rest) if isinstance(framer, Text) else rest
 
 

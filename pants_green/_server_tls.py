@@ -102,7 +102,7 @@ class ServerTLS(Channel):
             raise ChannelStateError(f"{call}: it does not speak TLS; call startSSL() before")
         if self._tls_options.given_context:
             raise ChannelStateError(f"{call}: its context is yours; call load_cert_chain() on that, which holds from the next handshake on")
-        self._tls_options = self._tls_options.again()
+        self._tls_options = self._tls_options.again(call)
         self._log(logging.INFO, "certificates loaded", event="certificates_loaded", logger=TLS_LOGGER)
 
     def watch_certificates(self, seconds: float, expiry_warning: float = EXPIRY_WARNING) -> CertificateWatch:

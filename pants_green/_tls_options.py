@@ -93,13 +93,16 @@ class TLSOptions:
         self.has_certificate = False
         self.context: ssl.SSLContext = self._context()
 
-    def again(self) -> "TLSOptions":
+    def again(self, call: str) -> "TLSOptions":
         """Read the files once more.
+
+        Args:
+            call: what was called, for errors.
 
         Raises:
             OSError, ValueError: as the constructor.
         """
-        return TLSOptions(self._call, self._options, server_side=self.server_side, may_choose=True)
+        return TLSOptions(call, self._options, server_side=self.server_side, may_choose=True)
 
     @property
     def given_context(self) -> bool:

@@ -336,7 +336,7 @@ class Datagram(DatagramOutput[Chunk]):
                         rest = inbox.take_all()
                         if not rest:
                             return
-                        chunk = last_chunk(framer, rest)
+                        chunk = last_chunk(framer, rest, self.read_delimiter)
                 try:
                     if isinstance(chunk, tuple) and framer is not None and framer.spread:
                         self.on_read(*chunk)  # type: ignore[call-arg]

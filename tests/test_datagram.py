@@ -835,7 +835,7 @@ def test_packet_that_cannot_be_cut_is_logged_by_default(listening, peer, caplog)
     until(lambda: caplog.records)
     (record,) = caplog.records
     assert (record.levelname, record.peer, record.event) == ("WARNING", one.address, "read_error")
-    assert "2 bytes are left over" in record.getMessage()
+    assert "2 bytes are left over, of which the read_delimiter, 4, makes no chunk" in record.getMessage()
 
 
 def test_delimiter_that_is_changed_takes_effect_within_the_packet(listening, peer, recorder):

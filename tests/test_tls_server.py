@@ -1824,6 +1824,7 @@ def test_reload_certificates_broken_files_leave_the_old_in_force_and_raise(secur
     with pytest.raises(error) as caught:
         server.reload_certificates()
     assert here["certfile"] in str(caught.value)
+    assert f"reload_certificates() on {server!r}" in str(caught.value)
     assert shown(server) == "first"
     replace(here, named("second"))
     server.reload_certificates()
