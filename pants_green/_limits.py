@@ -1,6 +1,6 @@
 """Time limits of a channel, all on one timer, which is armed again only when it fires; no timer is started or stopped per receive.
 
-What is limited, and what happens then, is the business of ``stream`` and ``datagram``.
+What is limited, and what happens then, is the business of ``_stream_limits`` and ``_datagram_output``.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The limits of a server: how many connections it has, how fast they come, and from where.
 
-What is refused here never gets to ``on_accept``. Limits of single connections are the business of ``stream``.
+What is refused here never gets to ``on_accept``. Limits of single connections are the business of ``_stream_limits``.
 """
 
 from collections import Counter
