@@ -787,10 +787,9 @@ def test_max_connection_age_asks_each_connection_to_end_give_or_take_a_tenth(ser
     assert [one.recv_all() for one in peers] == [b"", b""]
     assert recorder == [("jitter", 0.9, 1.1)] * 2
     (first, deadline, stopping), (second, _, _) = asked
-    assert first - began > 0.17
+    assert 0.17 < deadline - _stream_limits.GRACE - began <= first - began < 2
     assert 0.21 < second - began < 2
     assert stopping
-    assert deadline == pytest.approx(first + _stream_limits.GRACE, abs=1)
 
 
 def test_max_connection_age_what_is_owed_is_sent(server_with, peer):
@@ -970,10 +969,13 @@ def test_hostile_handshakes_that_stall_hold_nobody_up_and_fill_no_log(server_wit
 
     socks = in_thread(stall, 100)
     try:
-        began = time.monotonic()
-        assert answers(tls_peer(server))
-        assert time.monotonic() - began < 1
-        until(lambda: server._active == 1)
+        delays = []
+        for _ in range(3):  # the machine may be busy at one time, not at each
+            began = time.monotonic()
+            assert answers(tls_peer(server))
+            delays.append(time.monotonic() - began)
+        assert min(delays) < 0.2
+        until(lambda: server._active == 3)
         records = records_of(caplog, "handshake_error")
         assert len(records) == 10
         assert all("handshake_timeout, 0.3 seconds" in record.getMessage() for record in records)
