@@ -80,19 +80,14 @@ class ServerProxy(ServerTLS):
             return None
         assert self._proxy_protocol is not None
         versions = VERSIONS[self._proxy_protocol]
-        greeting = self._begin_to_greet(sock)
         try:
-            read = functools.partial(parse, versions=versions, max_length=self._proxy_header_size)
-            header = greeting.read_header(read, self._proxy_timeout)
+            with self._greeting(sock) as greeting:
+                read = functools.partial(parse, versions=versions, max_length=self._proxy_header_size)
+                header = greeting.read_header(read, self._proxy_timeout)
         except Exception as error:
             sock.close()
             self._without_header(remote, error.with_traceback(None))
             return None
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            self._greetings.discard(greeting)
         worker.header = header
         if not header.local and header.source is not None:
             remote = header.source

@@ -3,8 +3,10 @@
 Accepting is in ``server``, the handshake itself in ``_greeting``; what options there are, in ``_tls_options``.
 """
 
+import contextlib
 import errno
 import logging
+from collections.abc import Iterator
 from typing import Any, Self
 
 from pants_green import _sockets
@@ -145,30 +147,35 @@ class ServerTLS(Channel):
         assert options is not None
         sock, remote, local, key = accepted
         soon = self._engine._loop.run_callback
-        greeting = self._begin_to_greet(sock)
         try:
-            ragged = options.suppress_ragged_eofs
-            tls = Filter(options.context, _sockets.ports_of(sock), soon, server_side=True, ragged_ends=ragged)
-            greeting.shake_hands(tls, getattr(options, "handshake_timeout", self._handshake_timeout))
+            with self._greeting(sock) as greeting:
+                ragged = options.suppress_ragged_eofs
+                tls = Filter(options.context, _sockets.ports_of(sock), soon, server_side=True, ragged_ends=ragged)
+                greeting.shake_hands(tls, getattr(options, "handshake_timeout", self._handshake_timeout))
         except Exception as error:
             self._not_greeted(sock, remote, error.with_traceback(None))
             return None
-        except BaseException:
-            sock.close()
-            raise
-        finally:
-            self._greetings.discard(greeting)
         worker.tls = tls
         if self._accept_is_overridden():
             sock = TLSSocket._over(sock, tls, soon)
         return sock, remote, local, key
 
-    def _begin_to_greet(self, sock: Any) -> Greeting:
+    @contextlib.contextmanager
+    def _greeting(self, sock: Any) -> Iterator[Greeting]:
+        """Have a Greeting of which the server knows, and which a kill of its greenlet leaves nothing of."""
         greeting = Greeting(self._engine, sock)
         self._greetings.add(greeting)
         if self._state is STOPPING:
             greeting.hurry()
-        return greeting
+        try:
+            yield greeting
+        except Exception:
+            raise
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            self._greetings.discard(greeting)
 
     def _not_greeted(self, sock: Any, remote: Any, error: Exception) -> None:
         """The handshake failed: it costs that socket and nothing else."""

@@ -31,7 +31,7 @@ FLOORS = [
     {"engine": "contextvars gevent greenlet logging os threading time"},
     {"channel": "greenlet logging", "_linger": "", "_limits": "", "_meter": "", "_greeting": "greenlet"},
     {"_certificates": "logging time", "_files": "io logging os tempfile"},
-    {"_callbacks": "logging", "_server_tls": "logging"},
+    {"_callbacks": "logging", "_server_tls": "contextlib logging"},
     {"_server_proxy": "logging"},
     {"_server_limits": ""},
     {"_stopping": "gevent greenlet logging"},
