@@ -364,17 +364,22 @@ def test_max_connections_server_closed_while_others_wait(server_with, peer, reco
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_child_of_a_server_that_is_full_accepts(server_with, peer):
-    server = server_with(max_connections=1, max_connections_per_ip=1)
+    answered = []
+
+    class Noting(Connection):
+        def on_read(self, data):
+            self.write(data, flush=True)
+            answered.append(self.remote_address[1])
+
+    server = server_with(Noting, max_connections=1, max_connections_per_ip=1)
     first = peer(server)
     assert answers(first)
     second = peer(server)
     assert waits(second)
 
     def child():
-        until(lambda: server.channels)
-        (stream,) = server.channels.values()
-        gevent.sleep(0.02)
-        return f"{stream.remote_address[1]}"
+        until(lambda: len(answered) == 2)
+        return f"{answered[1]}"
 
     assert in_child(child) == str(second.address[1])
     assert second.recv_exactly(14)
